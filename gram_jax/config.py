@@ -1,0 +1,425 @@
+"""Every setting of a run: dataclasses whose fields carry their meaning and their resume policy.
+
+A config file's ``get_config(arg)`` returns a :class:`Config`. Command-line overrides
+(``--config.optimizer.learning_rate=1e-4``) are applied by ``ml_collections.config_flags``, which
+sets attributes; after that :func:`validate` is called once and nothing is mutated any more.
+(``config_flags`` reads the fields' types at run time, so annotations are not deferred here.)
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from gram_jax.errors import UserError
+
+FIXED = "fixed"
+"""Resume policy: changing this field would change the state's meaning or the data's order."""
+FREE = "free"
+"""Resume policy: a resumed run may change this field."""
+
+
+def setting(default: Any, doc: str, *, resume: str = FIXED, choices: tuple[Any, ...] = ()) -> Any:
+    """A dataclass field with a doc string, a resume policy and, where they are few, its choices."""
+    metadata = {"doc": doc, "resume": resume, "choices": choices}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the trained context."""
+
+    kind: str = setting(
+        "default", "Rule for the frequencies.", choices=("default", "linear", "llama3", "yarn")
+    )
+    factor: float = setting(1.0, "Context is stretched by this factor.")
+    low_freq_factor: float = setting(1.0, "llama3: below original/low wavelengths are stretched.")
+    high_freq_factor: float = setting(4.0, "llama3: above original/high wavelengths are kept.")
+    original_max_position: int = setting(8192, "Context before stretching, tokens.")
+    beta_fast: float = setting(32.0, "yarn: rotations above which a dimension is kept.")
+    beta_slow: float = setting(1.0, "yarn: rotations below which a dimension is interpolated.")
+    attention_factor: float = setting(0.0, "yarn: scale of cos and sin; 0 = 0.1 ln(factor) + 1.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
+class ModelConfig:
+    """The shape of a decoder. Hashable, so that it can be a static part of a jitted function."""
+
+    family: str = setting(
+        "llama", "Hugging Face architecture.", choices=("llama", "mistral", "qwen2", "qwen3")
+    )
+    vocab_size: int = setting(32000, "V, rows of the embedding.")
+    hidden_size: int = setting(512, "D, width of the residual stream.")
+    num_layers: int = setting(8, "L, blocks.")
+    num_heads: int = setting(8, "H, query heads.")
+    num_kv_heads: int = setting(8, "K, key-value heads; divides num_heads.")
+    head_dim: int = setting(64, "E, width of a head.")
+    intermediate_size: int = setting(1408, "F, width of the feed-forward layer.")
+    max_position: int = setting(4096, "Longest context the model is meant for, tokens.")
+    norm_eps: float = setting(1e-5, "Added to the mean square in RMSNorm.")
+    rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
+    rope_scaling: RopeScaling = setting(RopeScaling, "Stretching of the rotary frequencies.")
+    tie_embeddings: bool = setting(False, "The unembedding is the embedding.")
+    qkv_bias: bool = setting(False, "Biases on the query, key and value projections.")
+    output_bias: bool = setting(False, "Bias on the attention's output projection.")
+    mlp_bias: bool = setting(False, "Biases in the feed-forward layer.")
+    qk_norm: bool = setting(False, "RMSNorm on each query and key head (Qwen3).")
+    windows: tuple[int, ...] = setting(
+        (), "Sliding window of each layer, in positions; 0 = full attention; () = all full."
+    )
+    initializer_range: float = setting(0.02, "Standard deviation of the initial weights.")
+
+    def num_parameters(self) -> int:
+        """Parameters held (tied embeddings counted once)."""
+        d, h, k, e = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        attention = 2 * d * h * e + 2 * d * k * e
+        if self.qkv_bias:
+            attention += (h + 2 * k) * e
+        if self.output_bias:
+            attention += d
+        if self.qk_norm:
+            attention += 2 * e
+        mlp = 3 * d * self.intermediate_size
+        if self.mlp_bias:
+            mlp += 2 * self.intermediate_size + d
+        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * d) + d + embeddings
+
+    def flops_per_token(self, context: int, *, targets_per_token: float = 1.0) -> float:
+        """FLOPs of one forward pass per token; a training step is three times that.
+
+        A multiply-add is two. Matrix products only: projections, attention over ``context`` keys
+        with the causal half counted once, and the unembedding at ``targets_per_token`` positions.
+        """
+        d, e = self.hidden_size, self.head_dim
+        weights = 2 * d * e * (self.num_heads + self.num_kv_heads) + 3 * d * self.intermediate_size
+        windows = self.windows or (0,) * self.num_layers
+        attention = sum(
+            2 * 2 * self.num_heads * e * _mean_keys(context, window) for window in windows
+        )
+        unembedding = 2 * d * self.vocab_size * targets_per_token
+        return 2 * weights * self.num_layers + attention + unembedding
+
+
+def _mean_keys(context: int, window: int) -> float:
+    """Mean number of keys that a query of a causal sequence sees (half, or a window)."""
+    if window == 0 or window >= context:
+        return context / 2
+    return window - window**2 / (2 * context)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
+class ComputeConfig:
+    """How the forward pass is computed. Never changes what is computed beyond rounding."""
+
+    dtype: str = setting(
+        "auto",
+        "Matrix products: auto = bfloat16 on accelerators, float32 on CPU.",
+        resume=FREE,
+        choices=("auto", "float32", "bfloat16"),
+    )
+    remat: str = setting(
+        "none",
+        "What is recomputed in the backward pass: none, full (all), matmuls (all but products).",
+        resume=FREE,
+        choices=("none", "full", "matmuls"),
+    )
+    unroll: int = setting(
+        0,
+        "Layers unrolled per scan step; 0 = all on CPU, where that is faster, else 1.",
+        resume=FREE,
+    )
+    logprob_chunk: int = setting(
+        0, "Targets per row whose logits exist at once; 0 = chosen from sizes.", resume=FREE
+    )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class MeshConfig:
+    """Sizes of the device mesh's axes; one of them may be -1, the rest."""
+
+    data: int = setting(-1, "Replicas of the weights.", resume=FREE)
+    fsdp: int = setting(1, "Weights and rows are split over this axis.", resume=FREE)
+    tensor: int = setting(
+        1, "Heads, feed-forward and vocabulary are split over this axis.", resume=FREE
+    )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where examples come from and the shape of the rows they are packed into."""
+
+    train: tuple[str, ...] = setting((), "JSONL files (.gz allowed) to train on.")
+    validation: tuple[str, ...] = setting((), "JSONL files for the validation loss.", resume=FREE)
+    format: str = setting(
+        "text",
+        "Columns of the files: text, or preferences (prompt, chosen, rejected).",
+        choices=("text", "preferences"),
+    )
+    reference_field: str = setting(
+        "", "Column with [chosen, rejected] log-probs under a reference model, as `score` writes."
+    )
+    row_length: int = setting(1024, "T, tokens per row.")
+    row_targets: int = setting(0, "M, targets per row; 0 = row_length.")
+    row_sequences: int = setting(32, "S, candidates per row (preferences).")
+    row_pairs: int = setting(32, "P, pairs per row (preferences).")
+    max_prompt: int = setting(0, "Prompts keep their last so many tokens; 0 = half of row_length.")
+    pack_window: int = setting(1024, "Examples looked at together when packing.")
+    add_eos: bool = setting(True, "The end-of-sequence token belongs to a finished response.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The loss. Equations in gram_jax/objectives.py."""
+
+    name: str = setting(
+        "next_token", "Loss.", choices=("next_token", "smoothed_ce", "smoothed_pairwise")
+    )
+    label_smoothing: float = setting(
+        0.05,
+        "e: the probability that a label is wrong. PyTorch's label_smoothing=a over two classes"
+        " is e = a/2.",
+    )
+    beta: float = setting(1.0, "b: D = b (s_chosen - s_rejected).")
+    average: str = setting(
+        "sum",
+        "A response's score: the sum of its log-probs or their mean per token.",
+        choices=("sum", "mean"),
+    )
+    chosen_ce: float = setting(0.0, "g: adds g times the chosen response's mean cross-entropy.")
+    z_loss: float = setting(0.0, "Adds z times the mean squared log-normaliser (next_token).")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, clipped, with a schedule."""
+
+    learning_rate: float = setting(3e-4, "Peak learning rate.")
+    schedule: str = setting("cosine", "After the warm-up.", choices=("cosine", "wsd", "constant"))
+    warmup: float = setting(0.1, "Share of the steps with a rising rate.")
+    decay: float = setting(
+        0.2, "wsd: share of the steps, at the end, with a linearly falling rate."
+    )
+    final: float = setting(0.1, "Rate at the end, as a share of the peak (cosine and wsd).")
+    beta1: float = setting(0.9, "Decay of the first moment.")
+    beta2: float = setting(0.95, "Decay of the second moment.")
+    eps: float = setting(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = setting(0.1, "Decoupled decay, on matrices only.")
+    clip: float = setting(1.0, "Largest global gradient norm; 0 = no clipping.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """How long, how much at once, and which weights."""
+
+    length: float = setting(100.0, "How long to train, in length_unit.")
+    length_unit: str = setting(
+        "steps", "Unit of length.", choices=("steps", "epochs", "tokens", "pairs")
+    )
+    batch_rows: int = setting(8, "Rows per optimiser step, over all devices.")
+    accumulate: int = setting(1, "Parts a step's rows are computed in, one after the other.")
+    last_blocks: int = setting(
+        0, "Train only the last k blocks and the final norm; 0 = all weights."
+    )
+    log_every: int = setting(10, "Steps between log lines.", resume=FREE)
+    validate_every: int = setting(0, "Steps between validations; 0 = only at the end.", resume=FREE)
+    validation_rows: int = setting(64, "At most so many rows are validated on.", resume=FREE)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """Which checkpoints are written and kept."""
+
+    every: int = setting(
+        500, "Steps between checkpoints; the last step is always saved.", resume=FREE
+    )
+    keep_last: int = setting(2, "Latest checkpoints kept.", resume=FREE)
+    keep_every: int = setting(
+        0, "Checkpoints whose step divides by this are kept for ever; 0 = none.", resume=FREE
+    )
+    keep_best: bool = setting(True, "The one with the lowest validation loss is kept.", resume=FREE)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Config:
+    """One stage of training: `pretrain` and `finetune` read the same one."""
+
+    seed: int = setting(0, "Of initialisation and data order; position derives all the rest.")
+    init_from: str = setting("", "Checkpoint or Hugging Face folder to start from; '' = random.")
+    tokenizer: str = setting("", "Folder with tokenizer.json; '' = that of init_from.")
+    model: ModelConfig = setting(ModelConfig, "Shape, where init_from is empty.")
+    compute: ComputeConfig = setting(ComputeConfig, "How the forward pass is computed.")
+    mesh: MeshConfig = setting(MeshConfig, "Device mesh.")
+    data: DataConfig = setting(DataConfig, "Data and rows.")
+    objective: ObjectiveConfig = setting(ObjectiveConfig, "Loss.")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "Optimiser and schedule.")
+    train: TrainConfig = setting(TrainConfig, "Length and batch.")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "Checkpoints.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Any], values: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of :func:`to_dict`. Unknown or ill-typed fields are errors that name them."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in names:
+            raise UserError(unknown_field(f"{where}.{name}", names))
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}.{name} holds {value!r}; it must be an object")
+            value = from_dict(typing.cast(type, hints[name]), value, f"{where}.{name}")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def unknown_field(path: str, names: list[str]) -> str:
+    """The error text for a field that does not exist, with the nearest one that does."""
+    parent, _, name = path.rpartition(".")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {parent}.{near[0]}?" if near else "it has " + ", ".join(sorted(names))
+    return f"{path} is not a setting; {hint}"
+
+
+def check_overrides(arguments: Sequence[str], flag: str = "config") -> None:
+    """Checks that every ``--config.a.b=...`` among command-line arguments names a setting.
+
+    Raises:
+      UserError: names the argument and the nearest setting.
+    """
+    for argument in arguments:
+        match = re.match(rf"--?(?:no)?{flag}\.([\w.\[\]]+)", argument)
+        holder: Any = Config
+        path = flag
+        for name in match.group(1).split(".") if match else ():
+            names = [f.name for f in dataclasses.fields(holder)]
+            if name not in names:
+                raise UserError(unknown_field(f"{path}.{name}", names))
+            path, hint = f"{path}.{name}", typing.get_type_hints(holder)[name]
+            if not dataclasses.is_dataclass(hint):
+                break
+            holder = hint
+
+
+def differences(old: Any, new: Any, where: str = "config") -> list[tuple[str, Any, Any, str]]:
+    """Fields in which two configs differ: (path, old value, new value, resume policy)."""
+    found: list[tuple[str, Any, Any, str]] = []
+    for field in dataclasses.fields(old):
+        path = f"{where}.{field.name}"
+        a, b = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(a):
+            found += differences(a, b, path)
+        elif a != b:
+            found.append((path, a, b, field.metadata["resume"]))
+    return found
+
+
+def validate(config: Any, where: str = "config") -> None:
+    """Checks types and choices of every field, and what fields demand of each other.
+
+    Raises:
+      UserError: names the field, what it holds and what it may hold.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{where}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            validate(value, path)
+            continue
+        _check_type(path, value, hints[field.name])
+        choices = field.metadata.get("choices", ())
+        if choices and value not in choices:
+            raise UserError(f"{path}={value!r} must be one of {', '.join(map(repr, choices))}")
+    rules = _RULES.get(type(config), ())
+    for holds, message in rules:
+        if not holds(config):
+            raise UserError(f"{where}: {message}")
+
+
+def _check_type(path: str, value: Any, hint: Any) -> None:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        if not isinstance(value, tuple):
+            raise UserError(f"{path}={value!r} must be a tuple of {inner.__name__}")
+        for item in value:
+            _check_type(path, item, inner)
+        return
+    allowed = (int, float) if hint is float else (hint,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path}={value!r} must be of type {hint.__name__}")
+
+
+_RULES: dict[type, tuple[tuple[Any, str], ...]] = {
+    ModelConfig: (
+        (
+            lambda c: (
+                min(
+                    c.vocab_size,
+                    c.hidden_size,
+                    c.num_layers,
+                    c.num_heads,
+                    c.num_kv_heads,
+                    c.head_dim,
+                    c.intermediate_size,
+                    c.max_position,
+                )
+                > 0
+            ),
+            "every size must be positive",
+        ),
+        (lambda c: c.num_heads % c.num_kv_heads == 0, "num_kv_heads must divide num_heads"),
+        (lambda c: c.head_dim % 2 == 0, "head_dim must be even (rotary embedding)"),
+        (
+            lambda c: len(c.windows) in (0, c.num_layers),
+            "windows needs one entry per layer, or none",
+        ),
+    ),
+    DataConfig: (
+        (lambda c: c.row_length > 1, "row_length must be at least 2"),
+        (lambda c: 0 <= c.row_targets <= c.row_length, "row_targets must be in [0, row_length]"),
+        (lambda c: c.row_sequences >= 2 and c.row_pairs >= 1, "a row needs room for one pair"),
+        (lambda c: 0 <= c.max_prompt < c.row_length, "max_prompt must be below row_length"),
+    ),
+    ObjectiveConfig: (
+        (lambda c: 0 <= c.label_smoothing < 0.5, "label_smoothing must be in [0, 0.5)"),
+        (lambda c: c.beta > 0, "beta must be positive"),
+    ),
+    OptimizerConfig: (
+        (lambda c: c.learning_rate > 0, "learning_rate must be positive"),
+        (
+            lambda c: 0 <= c.warmup <= 1 and 0 <= c.decay <= 1 and c.warmup + c.decay <= 1,
+            "warmup and decay are shares of the steps and together at most 1",
+        ),
+    ),
+    TrainConfig: (
+        (lambda c: c.length > 0, "length must be positive"),
+        (
+            lambda c: c.batch_rows > 0 and c.accumulate > 0 and c.batch_rows % c.accumulate == 0,
+            "accumulate must divide batch_rows",
+        ),
+        (lambda c: c.last_blocks >= 0 and c.log_every > 0, "last_blocks >= 0 and log_every > 0"),
+    ),
+    Config: (
+        (
+            lambda c: c.train.last_blocks <= c.model.num_layers or c.init_from,
+            "train.last_blocks is more than model.num_layers",
+        ),
+        (
+            lambda c: (c.objective.name == "next_token") == (c.data.format == "text"),
+            "objective.name=next_token goes with data.format=text, the others with preferences",
+        ),
+        (
+            lambda c: not c.data.reference_field or c.objective.name == "smoothed_pairwise",
+            "data.reference_field is read by objective.name=smoothed_pairwise only",
+        ),
+    ),
+}

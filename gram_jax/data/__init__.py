@@ -1,0 +1,1 @@
+"""From files of text and preferences to token ids."""

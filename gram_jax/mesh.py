@@ -1,0 +1,108 @@
+"""The device mesh and which of its axes each named dimension is split over.
+
+Arrays are split in two ways only. Weights: D over ``fsdp``; V, H, K and F over ``tensor``.
+Everything that has rows: B over ``data`` and ``fsdp``; heads, features and vocabulary as the
+weights they come from. A weight is gathered over ``fsdp`` just before use (:func:`gathered`).
+
+Without a mesh (``jax.set_mesh`` not entered) all functions here leave arrays as they are, so a
+model works on one device with no ceremony.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gram_jax.config import MeshConfig, ModelConfig
+from gram_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""The axes that rows are split over."""
+
+_WEIGHT_AXES = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+_ACTIVATION_AXES = {"B": ROWS, "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+
+
+def weight_spec(dims: str) -> P:
+    """The sharding of a weight whose dimensions have these letters, e.g. ``LDHE``.
+
+    L layers, D model, H heads, K key-value heads, E head width, F feed-forward, V vocabulary;
+    lower-case ``d`` is the model width of a vector, which is not split.
+    """
+    return P(*(_WEIGHT_AXES.get(dim) for dim in dims))
+
+
+def activation_spec(dims: str) -> P:
+    """The sharding of an activation, e.g. ``BTHE``."""
+    return P(*(_ACTIVATION_AXES.get(dim) for dim in dims))
+
+
+def out_spec(dims: str) -> P | None:
+    """For ``out_sharding=``: the activation's sharding, or None where there is no mesh."""
+    return None if _no_mesh() else activation_spec(dims)
+
+
+def gathered(weight: jax.Array, dims: str) -> jax.Array:
+    """A weight made whole along D for the computation; the other dimensions stay split."""
+    if _no_mesh():
+        return weight
+    return jax.reshard(weight, P(*(None if d == "D" else _WEIGHT_AXES.get(d) for d in dims)))
+
+
+def _no_mesh() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().empty)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor over all devices (or those given).
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    found = list(devices) if devices is not None else jax.devices()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, one may be -1"
+        )
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(len(found) // rest, 1)
+    if math.prod(sizes) != len(found):
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices;"
+            f" there are {len(found)}"
+        )
+    if devices is None:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+    return Mesh(np.asarray(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int) -> None:
+    """Every split dimension must divide by its axis.
+
+    Raises:
+      UserError: names the dimension, its size and the axis.
+    """
+    tensor, fsdp, data = (mesh.shape[axis] for axis in ("tensor", "fsdp", "data"))
+    for name, size, parts, axis in (
+        ("model.vocab_size", model.vocab_size, tensor, "tensor"),
+        ("model.num_heads", model.num_heads, tensor, "tensor"),
+        ("model.num_kv_heads", model.num_kv_heads, tensor, "tensor"),
+        ("model.intermediate_size", model.intermediate_size, tensor, "tensor"),
+        ("model.hidden_size", model.hidden_size, fsdp, "fsdp"),
+        ("rows computed at once", batch_rows, data * fsdp, "data x fsdp"),
+    ):
+        if size % parts:
+            raise UserError(f"{name}={size} does not divide by mesh axis {axis}={parts}")
+
+
+def named(mesh: Mesh, spec: P) -> NamedSharding:
+    return NamedSharding(mesh, spec)

@@ -1,0 +1,121 @@
+"""Attention over a row, and its rotary positions.
+
+This is the plain XLA path: the reference that every faster backend is tested against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gram_jax.config import ModelConfig, RopeScaling
+from gram_jax.mesh import out_spec
+
+FULL = np.iinfo(np.int32).max
+"""The window of a layer that sees everything."""
+
+
+def row_mask(segment_ids: jax.Array, branch_ids: jax.Array) -> jax.Array:
+    """Which keys each query may see, [B, T, T] bool (query, key), windows apart.
+
+    Query i sees key j iff j <= i, both lie in the same segment (not padding), and j is in the
+    shared prefix or in i's own branch.
+    """
+    place = jnp.arange(segment_ids.shape[1])
+    causal = place[:, None] >= place[None, :]
+    query_s, key_s = segment_ids[:, :, None], segment_ids[:, None, :]
+    query_b, key_b = branch_ids[:, :, None], branch_ids[:, None, :]
+    same_segment = (query_s == key_s) & (query_s != 0)
+    return causal & same_segment & ((key_b == 0) | (key_b == query_b))
+
+
+def attention(
+    q_bthe: jax.Array,
+    k_bske: jax.Array,
+    v_bske: jax.Array,
+    mask_bts: jax.Array,
+    positions_bt: jax.Array,
+    window: jax.Array,
+) -> jax.Array:
+    """Grouped-query attention under the row's mask and a sliding window of positions.
+
+    Scores and softmax are float32. A window of w lets a query at position p see keys at positions
+    above p - w: positions, not places in the row, so a branch sees the prefix it continues.
+
+    Args:
+      window: int32 scalar; FULL for none.
+
+    Returns:
+      [B, T, H, E] in the dtype of v.
+    """
+    b, t, h, e = q_bthe.shape
+    k = k_bske.shape[2]
+    q_btkge = q_bthe.reshape(b, t, k, h // k, e)
+    scores_bkgts = jnp.einsum(
+        "btkge,bske->bkgts", q_btkge, k_bske, preferred_element_type=jnp.float32
+    ) * (1 / math.sqrt(e))
+    near = positions_bt[:, :, None] - positions_bt[:, None, :] < window
+    seen = (mask_bts & near)[:, None, None]
+    # A finite stand-in for -inf: a padding query sees no key, and must stay finite.
+    scores_bkgts = jnp.where(seen, scores_bkgts, -1e30)
+    p_bkgts = jax.nn.softmax(scores_bkgts, axis=-1).astype(v_bske.dtype)
+    mixed = jnp.einsum("bkgts,bske->btkge", p_bkgts, v_bske, out_sharding=out_spec("BTK"))
+    return mixed.reshape(b, t, h, e)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angular frequencies [E/2] in radians per position, and the scale of cos and sin.
+
+    The rules are those of transformers' ``modeling_rope_utils`` (default, linear, llama3, yarn).
+    """
+    e, scaling = config.head_dim, config.rope_scaling
+    base = 1.0 / config.rope_theta ** (np.arange(0, e, 2, dtype=np.float64) / e)
+    if scaling.kind == "linear":
+        return base / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        return _llama3(base, scaling), 1.0
+    if scaling.kind == "yarn":
+        attention_factor = scaling.attention_factor or (
+            0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+        )
+        return _yarn(base, scaling, config), attention_factor
+    return base, 1.0
+
+
+def _llama3(base: np.ndarray, s: RopeScaling) -> np.ndarray:
+    wavelength = 2 * np.pi / base
+    # 0 where the wavelength is long (stretched), 1 where it is short (kept), linear between.
+    kept = (s.original_max_position / wavelength - s.low_freq_factor) / (
+        s.high_freq_factor - s.low_freq_factor
+    )
+    kept = np.clip(kept, 0, 1)
+    return (1 - kept) * base / s.factor + kept * base
+
+
+def _yarn(base: np.ndarray, s: RopeScaling, config: ModelConfig) -> np.ndarray:
+    def dimension(rotations: float) -> float:
+        """The dimension that turns so many times over the original context."""
+        turns = s.original_max_position / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension(s.beta_fast)), 0)
+    high = min(math.ceil(dimension(s.beta_slow)), config.head_dim - 1)
+    ramp = np.clip((np.arange(len(base)) - low) / max(high - low, 0.001), 0, 1)
+    return base / s.factor * ramp + base * (1 - ramp)
+
+
+def rope_tables(config: ModelConfig, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, float32 [B, T, 1, E/2]."""
+    frequencies, scale = rope_frequencies(config)
+    angles = positions_bt[:, :, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x_bthe: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates dimension i with dimension i + E/2, as Hugging Face checkpoints are laid out."""
+    first, second = jnp.split(x_bthe.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return turned.astype(x_bthe.dtype)

@@ -1,0 +1,133 @@
+"""The two losses, each with its equation. Every objective returns a sum and what to divide it by.
+
+Sums and denominators are added over gradient accumulation and over devices, and divided once, so a
+step's loss does not depend on how its rows were cut up.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gram_jax.config import ObjectiveConfig
+from gram_jax.models.decoder import Decoder
+from gram_jax.readouts import SequenceScores, likelihood, token_logprobs
+from gram_jax.rows import Batch
+
+Metrics = dict[str, jax.Array]
+
+
+def smoothed(target: jax.Array, label_smoothing: float) -> jax.Array:
+    """The target when a label is wrong with probability e: t -> (1 - 2e) t + e.
+
+    1 becomes 1 - e, 0 becomes e, a tie stays 0.5.
+    """
+    return (1 - 2 * label_smoothing) * target + label_smoothing
+
+
+def pairwise_loss(difference: jax.Array, target: jax.Array) -> jax.Array:
+    """-t log sig(D) - (1 - t) log sig(-D), elementwise.
+
+    With t = 1 - e it is -log sig(D) + e D: the Bradley-Terry ranking loss plus a linear penalty on
+    the margin. Its slope is sig(D) - t, its minimum lies at D* = log(t / (1 - t)), and there it
+    equals the entropy of (t, 1 - t).
+    """
+    # softplus(D) = -log sig(-D), and softplus(D) - D = -log sig(D).
+    return jax.nn.softplus(difference) - target * difference
+
+
+def smoothing_floor(label_smoothing: float) -> float:
+    """The lowest value that the smoothed pairwise loss can take, in nats per pair."""
+    return -sum(p * math.log(p) for p in (label_smoothing, 1 - label_smoothing) if p > 0)
+
+
+def best_difference(label_smoothing: float) -> float:
+    """D* = log((1 - e) / e), where the smoothed pairwise loss is lowest."""
+    return math.log((1 - label_smoothing) / label_smoothing) if label_smoothing else math.inf
+
+
+def next_token(
+    logprob_bm: jax.Array, logz_bm: jax.Array, weights_bm: jax.Array, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of w (-log p + z logz^2), sum of w) over target tokens."""
+    per_token = -logprob_bm + z_loss * jnp.square(logz_bm) if z_loss else -logprob_bm
+    # where, not a product: an unused slot's number means nothing.
+    return jnp.sum(jnp.where(weights_bm != 0, weights_bm * per_token, 0.0)), jnp.sum(weights_bm)
+
+
+def objective(
+    model: Decoder, batch: Batch, config: ObjectiveConfig, sequences: int
+) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    """A batch's loss as (sum, (denominator, sums of metrics)).
+
+    Denominators: weighted tokens for next_token, weighted pairs for the others. Every metric is a
+    sum, divided like the loss. ``tokens`` and ``pairs`` are counts and are not divided.
+    ``sequences`` is S, the most that a row holds.
+    """
+    tokens = token_logprobs(model, batch)
+    used = jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
+    if config.name == "next_token":
+        total, denominator = next_token(tokens.logprob, tokens.logz, batch.weights, config.z_loss)
+        cross_entropy, _ = next_token(tokens.logprob, tokens.logz, batch.weights)
+        return total, (denominator, {"loss": total, "nll": cross_entropy, "tokens": used})
+    scores = likelihood(tokens.logprob, batch.sequence_ids, sequences)
+    total, denominator, metrics = preference_loss(scores, batch, config)
+    return total, (denominator, {**metrics, "tokens": used})
+
+
+def preference_loss(
+    scores: SequenceScores, batch: Batch, config: ObjectiveConfig
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Stage 2 on the likelihood readout: (sum over pairs, sum of pair weights, metric sums).
+
+    ``smoothed_ce`` is (1 - e) CE(y_w) + e CE(y_l), the next-token loss with weights 1 - e and e on
+    the two responses' tokens; it raises both likelihoods and is not a ranking loss by itself.
+    ``smoothed_pairwise`` is :func:`pairwise_loss` on D = b (s_a - s_b) - margin, where s is the
+    response's log-prob (less the reference model's, where there is one), summed or per token.
+    Both add g times the mean cross-entropy of the response labelled better, if chosen_ce = g > 0.
+    """
+    count = jnp.maximum(scores.num_tokens, 1)
+    own = scores.logprob / count if config.average == "mean" else scores.logprob
+    relative = own
+    if batch.reference is not None:
+        reference = batch.reference / count if config.average == "mean" else batch.reference
+        relative = own - reference
+    weight = batch.pair_weight
+    target = smoothed(batch.pair_target, config.label_smoothing)
+
+    def side(values_bs: jax.Array, numbers_bp: jax.Array) -> jax.Array:
+        """The values of the sequences with these numbers; number 0, nothing, has value 0."""
+        picked = jnp.take_along_axis(values_bs, jnp.maximum(numbers_bp - 1, 0), axis=1)
+        return jnp.where(numbers_bp > 0, picked, 0.0)
+
+    difference = config.beta * (side(relative, batch.pair_a) - side(relative, batch.pair_b))
+    difference = difference - batch.pair_margin
+    ranking = pairwise_loss(difference, target)
+    if config.name == "smoothed_pairwise":
+        per_pair = ranking
+    else:
+        per_pair = -target * side(own, batch.pair_a) - (1 - target) * side(own, batch.pair_b)
+    if config.chosen_ce:
+        per_token = scores.logprob / count
+        better = jnp.where(
+            batch.pair_target >= 0.5, side(per_token, batch.pair_a), side(per_token, batch.pair_b)
+        )
+        per_pair = per_pair - config.chosen_ce * better
+    # +1 where a is labelled better, -1 where b is, 0 for a tie: ties have no right answer.
+    sign = jnp.sign(batch.pair_target - 0.5)
+    right = jnp.where(difference == 0, 0.5, (sign * difference > 0).astype(jnp.float32))
+    right = jnp.where(sign == 0, 0.5, right)
+
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(weight != 0, weight * values, 0.0))
+
+    metrics = {
+        "loss": total(per_pair),
+        "ranking_loss": total(ranking),
+        "accuracy": total(right),
+        "margin": total(sign * difference),
+        "pairs": jnp.sum((weight != 0).astype(jnp.float32)),
+    }
+    return metrics["loss"], jnp.sum(weight), metrics

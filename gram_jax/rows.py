@@ -1,0 +1,404 @@
+"""The row: the one layout of tokens that pretraining, fine-tuning and scoring share.
+
+A row holds several examples side by side. An example is a prompt and the responses that continue
+it; the prompt is computed once for all of them. With ``prompt = p_0 .. p_n`` and a response
+``y_0 .. y_m`` the row holds
+
+    prefix   p_0 .. p_{n-1}             branch 0, positions 0 .. n-1
+    branch   p_n, y_0 .. y_{m-1}        branch k, positions n .. n+m, one such run per response
+
+so the hidden state of every branch token predicts one token of the response. A query sees a key iff
+the key is not later in the row, belongs to the same segment, and lies in the prefix or in the
+query's own branch. A document of plain text is an example whose prompt is one token.
+
+Letters: B rows, T tokens, M targets, S sequences, P pairs per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowShape:
+    """Static sizes of a row: T tokens, M targets, S sequences and P pairs (both 0 in text rows)."""
+
+    tokens: int
+    targets: int
+    sequences: int = 0
+    pairs: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """A comparison of responses ``a`` and ``b`` (their places in an example's ``responses``).
+
+    ``target`` is the probability that a is better, ``weight`` scales its loss, ``margin`` is
+    subtracted from the difference of the scores.
+    """
+
+    a: int
+    b: int
+    target: float = 1.0
+    weight: float = 1.0
+    margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A tokenised prompt, the responses that continue it, and the pairs among them.
+
+    ``prompt`` and each response are int32 vectors of at least one token. ``reference`` holds one
+    log-prob per response under a frozen reference model. ``key`` is the caller's name for it.
+    """
+
+    prompt: IntArray
+    responses: tuple[IntArray, ...]
+    pairs: tuple[Pair, ...] = ()
+    reference: tuple[float, ...] | None = None
+    key: int = 0
+
+    def num_tokens(self) -> int:
+        """Places it takes in a row: the prefix once, each response in full."""
+        return len(self.prompt) - 1 + self.num_targets()
+
+    def num_targets(self) -> int:
+        return sum(map(len, self.responses))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The share of an example that goes into one row: some responses and the pairs among them."""
+
+    example: Example
+    responses: tuple[int, ...]
+    pairs: tuple[Pair, ...]  # a and b index example.responses
+    tokens: int
+    targets: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(kw_only=True)
+class Batch:
+    """B rows (or one row, without the leading axis); fields that a stage does not need are None."""
+
+    tokens: Any  # [B, T] int32: input ids
+    positions: Any  # [B, T] int32: for RoPE and windows; restart per example
+    segment_ids: Any  # [B, T] int32: example number within the row, 0 = padding
+    branch_ids: Any  # [B, T] int32: 0 = shared prefix, k >= 1 = k-th continuation
+    target_index: Any  # [B, M] int32: place in the row whose hidden state predicts the target
+    targets: Any  # [B, M] int32: id to predict
+    weights: Any  # [B, M] float32: loss weight, 0 = unused slot
+    sequence_ids: Any = None  # [B, M] int32: sequence the target belongs to, 1..S, 0 = none
+    pair_a: Any = None  # [B, P] int32: sequence number, 0 = none
+    pair_b: Any = None  # [B, P] int32
+    pair_target: Any = None  # [B, P] float32: probability that a is better
+    pair_weight: Any = None  # [B, P] float32: 0 = unused slot
+    pair_margin: Any = None  # [B, P] float32
+    reference: Any = None  # [B, S] float32: log-probs under a frozen reference model
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PackedRow:
+    """One row (numpy, no leading axis) and where each of its sequences comes from."""
+
+    batch: Batch
+    origins: tuple[tuple[int, int], ...]  # of sequence s: (example key, response), at s - 1
+
+
+@dataclasses.dataclass(slots=True)
+class PackCounts:
+    """What packing did. ``padding`` is a share of all places."""
+
+    examples: int = 0
+    spilled: int = 0  # examples that went on in another row, their prefix repeated
+    repeated_tokens: int = 0  # prefix and response tokens computed more than once for it
+    rows: int = 0
+    tokens: int = 0
+    places: int = 0
+    sequences: int = 0
+    pairs: int = 0
+
+    @property
+    def padding(self) -> float:
+        return 1 - self.tokens / self.places if self.places else 0.0
+
+
+class DoesNotFit(ValueError):
+    """A response, or a pair of responses, is too long for a row of this shape."""
+
+
+def split_example(example: Example, shape: RowShape) -> list[Part]:
+    """Cuts an example into parts that each fit one row; both ends of a pair stay together.
+
+    Raises:
+      DoesNotFit: one response with its prompt (or one pair) is over the shape's caps.
+    """
+    lengths = [len(response) for response in example.responses]
+    prefix = len(example.prompt) - 1
+    # One unit is what must stay together: a pair, or a single response where there are no pairs.
+    units: list[tuple[frozenset[int], tuple[Pair, ...]]]
+    if example.pairs:
+        units = [(frozenset((pair.a, pair.b)), (pair,)) for pair in example.pairs]
+    else:
+        units = [(frozenset((i,)), ()) for i in range(len(lengths))]
+    parts: list[Part] = []
+    while units:
+        chosen: set[int] = set()
+        pairs: list[Pair] = []
+        rest: list[tuple[frozenset[int], tuple[Pair, ...]]] = []
+        # Units whose responses are already in the part cost nothing: take them as they come.
+        for members, unit_pairs in units:
+            union = chosen | members
+            targets = sum(lengths[i] for i in union)
+            fits = (
+                prefix + targets <= shape.tokens
+                and targets <= shape.targets
+                and (shape.sequences == 0 or len(union) <= shape.sequences)
+                and len(pairs) + len(unit_pairs) <= shape.pairs
+            )
+            if fits:
+                chosen = union
+                pairs.extend(unit_pairs)
+            else:
+                rest.append((members, unit_pairs))
+        if not chosen:
+            size = prefix + sum(lengths[i] for i in units[0][0])
+            raise DoesNotFit(
+                f"{size} tokens (prompt {prefix + 1}, responses "
+                f"{[lengths[i] for i in sorted(units[0][0])]}) do not fit a row of {shape}"
+            )
+        targets = sum(lengths[i] for i in chosen)
+        parts.append(Part(example, tuple(sorted(chosen)), tuple(pairs), prefix + targets, targets))
+        units = rest
+    return parts
+
+
+class _Bin:
+    """A row being filled."""
+
+    __slots__ = ("age", "pairs", "parts", "sequences", "targets", "tokens")
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.tokens = self.targets = self.sequences = self.pairs = self.age = 0
+
+    def fits(self, part: Part, shape: RowShape) -> bool:
+        return (
+            self.tokens + part.tokens <= shape.tokens
+            and self.targets + part.targets <= shape.targets
+            and (shape.sequences == 0 or self.sequences + len(part.responses) <= shape.sequences)
+            and self.pairs + len(part.pairs) <= shape.pairs
+        )
+
+    def add(self, part: Part) -> None:
+        self.parts.append(part)
+        self.tokens += part.tokens
+        self.targets += part.targets
+        self.sequences += len(part.responses)
+        self.pairs += len(part.pairs)
+
+
+def pack(
+    examples: Iterable[Example],
+    shape: RowShape,
+    *,
+    window: int = 1024,
+    counts: PackCounts | None = None,
+) -> Iterator[PackedRow]:
+    """Packs examples into rows: best fit, longest first, within a window of examples.
+
+    Rows that a window leaves poorly filled stay open for one more window, so that memory and delay
+    are bounded by two windows. The result depends on the examples' order and on nothing else.
+
+    Raises:
+      DoesNotFit: see :func:`split_example`.
+    """
+    counts = counts if counts is not None else PackCounts()
+    bins: list[_Bin] = []
+    for group in _windows(examples, window):
+        parts: list[Part] = []
+        for example in group:
+            pieces = split_example(example, shape)
+            counts.examples += 1
+            counts.spilled += len(pieces) > 1
+            counts.repeated_tokens += sum(p.tokens for p in pieces) - example.num_tokens()
+            parts.extend(pieces)
+        parts.sort(key=lambda part: -part.tokens)  # stable: ties keep their order
+        for part in parts:
+            best = None
+            for candidate in bins:
+                if candidate.fits(part, shape) and (best is None or candidate.tokens > best.tokens):
+                    best = candidate
+            if best is None:
+                best = _Bin()
+                bins.append(best)
+            best.add(part)
+        done = [b for b in bins if b.age > 0 or b.tokens >= 0.97 * shape.tokens]
+        bins = [b for b in bins if not (b.age > 0 or b.tokens >= 0.97 * shape.tokens)]
+        for open_bin in bins:
+            open_bin.age += 1
+        for full in done:
+            yield _close(full, shape, counts)
+    for last in bins:
+        yield _close(last, shape, counts)
+
+
+def _windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    group: list[Example] = []
+    for example in examples:
+        group.append(example)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _close(full: _Bin, shape: RowShape, counts: PackCounts) -> PackedRow:
+    counts.rows += 1
+    counts.tokens += full.tokens
+    counts.places += shape.tokens
+    counts.sequences += full.sequences
+    counts.pairs += full.pairs
+    return build_row(full.parts, shape)
+
+
+def empty_row(shape: RowShape, *, reference: bool = False) -> Batch:
+    """A row of padding, as numpy arrays without the leading axis."""
+    t, m, s, p = shape.tokens, shape.targets, shape.sequences, shape.pairs
+    row = Batch(
+        tokens=np.zeros(t, np.int32),
+        positions=np.zeros(t, np.int32),
+        segment_ids=np.zeros(t, np.int32),
+        branch_ids=np.zeros(t, np.int32),
+        target_index=np.zeros(m, np.int32),
+        targets=np.zeros(m, np.int32),
+        weights=np.zeros(m, np.float32),
+    )
+    if s:
+        row.sequence_ids = np.zeros(m, np.int32)
+    if p:
+        row.pair_a = np.zeros(p, np.int32)
+        row.pair_b = np.zeros(p, np.int32)
+        row.pair_target = np.zeros(p, np.float32)
+        row.pair_weight = np.zeros(p, np.float32)
+        row.pair_margin = np.zeros(p, np.float32)
+    if reference:
+        row.reference = np.zeros(s, np.float32)
+    return row
+
+
+def build_row(parts: Sequence[Part], shape: RowShape) -> PackedRow:
+    """Lays parts side by side in one row, prefix first, then branch after branch."""
+    row = empty_row(shape, reference=any(part.example.reference is not None for part in parts))
+    origins: list[tuple[int, int]] = []
+    at = slot = pair_slot = 0
+    for segment, part in enumerate(parts, start=1):
+        example = part.example
+        prefix = len(example.prompt) - 1
+        start = at
+        row.tokens[at : at + prefix] = example.prompt[:-1]
+        row.positions[at : at + prefix] = np.arange(prefix)
+        at += prefix
+        numbers: dict[int, int] = {}
+        for branch, index in enumerate(part.responses, start=1):
+            response = example.responses[index]
+            n = len(response)
+            row.tokens[at] = example.prompt[-1]
+            row.tokens[at + 1 : at + n] = response[:-1]
+            row.positions[at : at + n] = prefix + np.arange(n)
+            row.branch_ids[at : at + n] = branch
+            row.target_index[slot : slot + n] = at + np.arange(n)
+            row.targets[slot : slot + n] = response
+            row.weights[slot : slot + n] = 1.0
+            origins.append((example.key, index))
+            numbers[index] = len(origins)
+            if row.sequence_ids is not None:
+                row.sequence_ids[slot : slot + n] = numbers[index]
+            if example.reference is not None:
+                row.reference[numbers[index] - 1] = example.reference[index]
+            at += n
+            slot += n
+        row.segment_ids[start:at] = segment
+        for pair in part.pairs:
+            row.pair_a[pair_slot] = numbers[pair.a]
+            row.pair_b[pair_slot] = numbers[pair.b]
+            row.pair_target[pair_slot] = pair.target
+            row.pair_weight[pair_slot] = pair.weight
+            row.pair_margin[pair_slot] = pair.margin
+            pair_slot += 1
+    return PackedRow(row, tuple(origins))
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+    """Stacks rows into a batch with a leading axis."""
+    return cast(Batch, jax.tree.map(lambda *leaves: np.stack(leaves), *rows))
+
+
+def check_batch(batch: Batch, vocab_size: int) -> None:
+    """Checks every invariant of the layout; for tests and, on request, for live data.
+
+    Raises:
+      ValueError: names the row, the field and what is wrong.
+    """
+    for b in range(batch.tokens.shape[0]):
+        row = jax.tree.map(lambda leaf, b=b: np.asarray(leaf[b]), batch)
+        for message in _problems(row, vocab_size):
+            raise ValueError(f"row {b}: {message}")
+
+
+def _problems(row: Batch, vocab_size: int) -> Iterator[str]:
+    """The rules that a row breaks, in words."""
+    segment, branch, position = row.segment_ids, row.branch_ids, row.positions
+    used = int((segment != 0).sum())
+    for name, ids in (("tokens", row.tokens), ("targets", row.targets)):
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
+            yield f"{name} has ids outside [0, {vocab_size})"
+    if (segment[:used] == 0).any() or (np.diff(segment[:used]) < 0).any():
+        yield "segment_ids must count 1, 2, ... and padding must come last"
+    for number in range(1, int(segment.max(initial=0)) + 1):
+        inside = np.flatnonzero(segment == number)
+        if len(inside) == 0:
+            yield f"segment_ids skips {number}"
+            continue
+        b, p = branch[inside], position[inside]
+        if (np.diff(b) < 0).any() or (np.diff(b) > 1).any() or b[-1] == 0:
+            yield f"segment {number}: branch_ids must run 0.., 1.., 2.. and end in a branch"
+        prefix = int((b == 0).sum())
+        if (p[:prefix] != np.arange(prefix)).any():
+            yield f"segment {number}: positions of the prefix must count from 0"
+        for k in range(1, int(b[-1]) + 1):
+            run = p[b == k]
+            if (run != prefix + np.arange(len(run))).any():
+                yield f"segment {number} branch {k}: positions must go on from the prefix"
+    live = row.weights != 0
+    index = row.target_index[live]
+    if (index >= used).any() or (index < 0).any():
+        yield "target_index points into the padding"
+    if len(np.unique(index)) != len(index):
+        yield "target_index: one place predicts two targets"
+    if (branch[index] == 0).any():
+        yield "target_index points into a shared prefix"
+    if row.sequence_ids is not None:
+        if ((row.sequence_ids != 0) != live).any():
+            yield "sequence_ids and weights disagree on which slots are used"
+        inner = np.flatnonzero((np.diff(row.sequence_ids) == 0) & (row.sequence_ids[1:] != 0))
+        if (row.tokens[row.target_index[inner + 1]] != row.targets[inner]).any():
+            yield "targets: the token after a target is not that target"
+    if row.pair_a is not None:
+        top = int(row.sequence_ids.max(initial=0))
+        pairs = row.pair_weight != 0
+        for name, side in (("pair_a", row.pair_a), ("pair_b", row.pair_b)):
+            if (side[pairs] < 0).any() or (side > top).any():
+                yield f"{name} names a sequence that is not in the row"
+        if ((row.pair_target < 0) | (row.pair_target > 1)).any():
+            yield "pair_target must be in [0, 1]"

@@ -1,0 +1,55 @@
+"""Package definition. Pinned, tested versions stand in constraints.txt."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+INIT = (ROOT / "gram_jax" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "([^"]+)"', INIT)
+if VERSION is None:
+    raise RuntimeError("gram_jax/__init__.py does not define __version__")
+
+setup(
+    name="gram_jax",
+    version=VERSION.group(1),
+    description="Generative foundation reward models in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["gram_jax", "gram_jax.*"]),
+    package_data={"gram_jax": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "ml-collections>=1.1.0",
+        "absl-py",
+        "jinja2",  # chat templates
+        "matplotlib",  # figures of reports
+        "numpy",
+        "safetensors>=0.5",
+        "tensorboardX",
+        "tokenizers>=0.21",
+        "tqdm",
+    ],
+    extras_require={
+        # PyTorch and transformers are the peer that tests compare with; never used by the package.
+        "test": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "torch==2.13.0",
+            "transformers>=4.57",
+            "types-tqdm",
+        ],
+        "tpu": ["libtpu"],
+        "cuda": ["jax[cuda13]"],
+    },
+)

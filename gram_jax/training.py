@@ -31,7 +31,7 @@ COUNTS = ("tokens", "pairs")
 class TrainState:
     """All that a step changes, and the frozen weights it reads."""
 
-    step: jax.Array  # int32 scalar: optimiser steps done
+    step: Any  # int32 scalar: optimiser steps done
     trainable: Any  # nnx.State
     frozen: Any  # nnx.State; empty unless only the last blocks are trained
     opt_state: Any

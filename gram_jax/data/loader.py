@@ -79,7 +79,7 @@ def device_batch(rows: PackedRows, numbers: np.ndarray, parts: int, mesh: Mesh) 
     def global_array(i: int, leaf: Any) -> jax.Array:
         shape = (*grid.shape, *leaf.shape[2:])
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: jax.tree.leaves(rows_of(index))[i]
+            shape, sharding, lambda index: jax.tree.leaves(rows_of(index or ()))[i]
         )
 
     arrays = [global_array(i, leaf) for i, leaf in enumerate(leaves)]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gram_jax.config import ModelConfig, RopeScaling
-from gram_jax.mesh import out_spec
 
 FULL = np.iinfo(np.int32).max
 """The window of a layer that sees everything."""
@@ -32,38 +31,51 @@ def row_mask(segment_ids: jax.Array, branch_ids: jax.Array) -> jax.Array:
     return causal & same_segment & ((key_b == 0) | (key_b == query_b))
 
 
+def mask_bias(mask_bts: jax.Array) -> jax.Array:
+    """What is added to scores: 0 where a key is seen, a large negative number where it is not.
+
+    Finite, because a padding query sees no key and must stay finite. A row's scores take this
+    once for all heads and layers, which on CPU is three times faster than selecting in each.
+    """
+    return jnp.where(mask_bts, 0.0, -1e30).astype(jnp.float32)
+
+
+def window_mask(positions_bt: jax.Array, window: jax.Array) -> jax.Array:
+    """Keys within a sliding window, [B, T, T] bool: at positions above p - window for a query at p.
+
+    Positions, not places in the row, so a branch sees the end of the prefix that it continues.
+    """
+    return positions_bt[:, :, None] - positions_bt[:, None, :] < window
+
+
 def attention(
-    q_bthe: jax.Array,
-    k_bske: jax.Array,
-    v_bske: jax.Array,
-    mask_bts: jax.Array,
-    positions_bt: jax.Array,
-    window: jax.Array,
+    q_bthe: jax.Array, k_bske: jax.Array, v_bske: jax.Array, bias_bts: jax.Array
 ) -> jax.Array:
-    """Grouped-query attention under the row's mask and a sliding window of positions.
-
-    Scores and softmax are float32. A window of w lets a query at position p see keys at positions
-    above p - w: positions, not places in the row, so a branch sees the prefix it continues.
-
-    Args:
-      window: int32 scalar; FULL for none.
+    """Grouped-query attention with an additive bias; scores and softmax are float32.
 
     Returns:
       [B, T, H, E] in the dtype of v.
     """
     b, t, h, e = q_bthe.shape
     k = k_bske.shape[2]
-    q_btkge = q_bthe.reshape(b, t, k, h // k, e)
+    q_bkgte = q_bthe.reshape(b, t, k, h // k, e).transpose(0, 2, 3, 1, 4)
+    k_bkse, v_bkse = k_bske.transpose(0, 2, 1, 3), v_bske.transpose(0, 2, 1, 3)
     scores_bkgts = jnp.einsum(
-        "btkge,bske->bkgts", q_btkge, k_bske, preferred_element_type=jnp.float32
-    ) * (1 / math.sqrt(e))
-    near = positions_bt[:, :, None] - positions_bt[:, None, :] < window
-    seen = (mask_bts & near)[:, None, None]
-    # A finite stand-in for -inf: a padding query sees no key, and must stay finite.
-    scores_bkgts = jnp.where(seen, scores_bkgts, -1e30)
-    p_bkgts = jax.nn.softmax(scores_bkgts, axis=-1).astype(v_bske.dtype)
-    mixed = jnp.einsum("bkgts,bske->btkge", p_bkgts, v_bske, out_sharding=out_spec("BTK"))
-    return mixed.reshape(b, t, h, e)
+        "bkgte,bkse->bkgts", q_bkgte, k_bkse, preferred_element_type=jnp.float32
+    )
+    scores_bkgts = scores_bkgts * (1 / math.sqrt(e)) + bias_bts[:, None, None]
+    top = jax.lax.stop_gradient(scores_bkgts.max(axis=-1, keepdims=True))
+    p_bkgts = jnp.exp(scores_bkgts - top)
+    total = p_bkgts.sum(axis=-1, keepdims=True)
+    # Dividing after the product costs E numbers a query instead of T.
+    mixed_bkgte = jnp.einsum(
+        "bkgts,bkse->bkgte",
+        p_bkgts.astype(v_bske.dtype),
+        v_bkse,
+        preferred_element_type=jnp.float32,
+    )
+    mixed_bkgte = (mixed_bkgte / total).astype(v_bske.dtype)
+    return mixed_bkgte.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -1,8 +1,8 @@
 """Per family: its Hugging Face config, and the one table that maps its weights in both directions.
 
-A Hugging Face checkpoint keeps one tensor per layer, with projections as [out, in]. Ours are stacked
-along a layer axis and keep heads apart. What differs is written once, as the order of the same
-dimension letters (see ``BLOCK_DIMS`` in decoder.py), so neither direction has code of its own.
+A Hugging Face checkpoint keeps one tensor per layer, with projections as [out, in]. Ours are
+stacked along a layer axis and keep heads apart. What differs is written once, as the order of the
+same dimension letters (see ``BLOCK_DIMS`` in decoder.py), so neither direction has code of its own.
 """
 
 from __future__ import annotations
@@ -295,25 +295,23 @@ def _read_rope(
     kind = rope.get("rope_type") or rope.get("type") or "default"
     kinds = ("default", "linear", "llama3", "yarn")
     if kind not in kinds:
-        raise UserError(
-            f"{where}: rope type {kind!r} is not supported; known: {', '.join(kinds)}"
-        )
-    everywhere = {
+        raise UserError(f"{where}: rope type {kind!r} is not supported; known: {', '.join(kinds)}")
+    merged = {
         "rope_theta": values.get("rope_theta") or parameters.get("rope_theta"),
         "partial_rotary_factor": values.get("partial_rotary_factor"),
         "original_max_position_embeddings": max_position,
+        **{k: v for k, v in rope.items() if v is not None},
     }
-    fields = _Fields(
-        {**everywhere, **{k: v for k, v in rope.items() if v is not None}}, f"{where}: rope"
-    )
+    # As in transformers: beside the other fields it goes before the one among the rope fields.
+    if values.get("original_max_position_embeddings") is not None:
+        merged["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    fields = _Fields(merged, f"{where}: rope")
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{where}: partial_rotary_factor other than 1 is not supported")
     theta = fields.number("rope_theta", 10000.0)
+    original = fields.integer("original_max_position_embeddings")
     if kind == "default":
         return theta, RopeScaling()
-    original = values.get("original_max_position_embeddings")
-    if original is None or kind == "linear":
-        original = fields.integer("original_max_position_embeddings")
     if kind == "linear":
         return theta, RopeScaling(kind=kind, factor=fields.number("factor"))
     if kind == "llama3":
@@ -326,13 +324,11 @@ def _read_rope(
         )
     if rope.get("truncate") is False:
         raise UserError(f"{where}: yarn with truncate=false is not supported")
-    factor = fields.number("factor", max_position / original)
+    factor = fields.number("factor", max_position / max(original, 1))
     attention_factor = fields.number("attention_factor", 0.0)
     if attention_factor == 0.0 and rope.get("mscale") and rope.get("mscale_all_dim"):
-        scales = (
-            _mscale(factor, fields.number(name)) for name in ("mscale", "mscale_all_dim")
-        )
-        attention_factor = next(scales) / next(scales)
+        over, under = fields.number("mscale"), fields.number("mscale_all_dim")
+        attention_factor = _mscale(factor, over) / _mscale(factor, under)
     return theta, RopeScaling(
         kind=kind,
         factor=factor,
@@ -384,12 +380,12 @@ def _read_windows(family: str, fields: _Fields, layers: int) -> tuple[int, ...]:
     types = values.get("layer_types")
     if types is None:
         first = fields.integer("max_window_layers", _MAX_WINDOW_LAYERS)
-        types = ["sliding_attention" if window and i >= first else "full_attention"
-                 for i in range(layers)]
+        types = [
+            "sliding_attention" if window and i >= first else "full_attention"
+            for i in range(layers)
+        ]
     if len(types) != layers:
-        raise UserError(
-            f"{fields.where}: layer_types has {len(types)} entries for {layers} layers"
-        )
+        raise UserError(f"{fields.where}: layer_types has {len(types)} entries for {layers} layers")
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise UserError(f"{fields.where}: layer_types {sorted(unknown)} are not supported")

@@ -1,0 +1,28 @@
+"""Exports a checkpoint as a Hugging Face folder that transformers 4 and 5 load.
+
+  python -m gram_jax.export --checkpoint=CHECKPOINT --output=HF_DIR
+
+CHECKPOINT is a workdir of pretrain or finetune, one of its checkpoints/STEP folders, or a Hugging
+Face folder. The weights are written in the dtype they came in (float32 for models that began here).
+Beside what transformers reads stand README.md (the model card) and gram_config.json: what the
+reward is, and how to compute it.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from gram_jax import entry
+from gram_jax.model_card import export_checkpoint
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to export.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
+
+
+def main(_: list[str]) -> None:
+    folder = export_checkpoint(_CHECKPOINT.value, _OUTPUT.value)
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    entry.run(main)

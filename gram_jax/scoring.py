@@ -1,0 +1,195 @@
+"""Scores of responses under a model: the jitted function, and the engine that keeps it fed.
+
+A stream of examples goes through three stages: packing into rows, one call of the jitted function
+per ``batch_rows`` rows, and reading the numbers back. The host is never more than one batch behind:
+batch n + 1 is handed to the device before the numbers of batch n are fetched.
+
+The function is compiled once per shape. Rows have one length; a batch whose responses are short is
+computed with a half or a quarter of the target slots, so there are at most three shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from gram_jax.mesh import activation_spec, named
+from gram_jax.models.decoder import Decoder
+from gram_jax.readouts import SequenceScores, likelihood, token_logprobs
+from gram_jax.rows import Batch, Example, PackCounts, PackedRow, RowShape, empty_row, pack
+from gram_jax.rows import stack_rows as stack
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Scored(NamedTuple):
+    """One response's score.
+
+    Attributes:
+      key: the example's key.
+      response: the response's place in the example.
+      logprob: sum over its tokens of log p(token given all before it).
+      num_tokens: how many these are.
+      token_logprobs: float32 [num_tokens], or None where they were not asked for.
+    """
+
+    key: int
+    response: int
+    logprob: float
+    num_tokens: int
+    token_logprobs: FloatArray | None
+
+
+@dataclasses.dataclass(slots=True)
+class EngineCounts:
+    """What the engine did, added up over its calls."""
+
+    batches: int = 0
+    places: int = 0  # token places computed, padding included
+    compile_seconds: float = 0.0  # of tracing and compiling, or of loading from the cache
+
+
+@functools.partial(jax.jit, static_argnames=("sequences", "per_token"))
+def score_rows(
+    model: Decoder, batch: Batch, sequences: int, per_token: bool = False
+) -> tuple[SequenceScores, jax.Array | None]:
+    """Scores of the sequences of B rows.
+
+    Args:
+      model: a decoder.
+      batch: rows with ``sequence_ids``; padding rows are allowed.
+      sequences: S, the largest number of sequences a row may hold.
+      per_token: also return the log-prob of each target.
+
+    Returns:
+      SequenceScores of [B, S], and float32 [B, M] or None. Absent sequences count 0 tokens; unused
+      target slots hold finite numbers that mean nothing.
+    """
+    logprob_bm = token_logprobs(model, batch).logprob
+    scores = likelihood(logprob_bm, batch.sequence_ids, sequences)
+    return scores, logprob_bm if per_token else None
+
+
+def scoring_shape(row_length: int) -> RowShape:
+    """Rows of so many tokens in which neither targets nor sequences are what runs out first.
+
+    Room for sequences costs two numbers each. Only responses of fewer than four tokens after a
+    shared prompt could need more, and then go on in the next row.
+    """
+    return RowShape(row_length, row_length, max(row_length // 4, 1))
+
+
+def score_examples(
+    model: Decoder,
+    examples: Iterable[Example],
+    shape: RowShape,
+    batch_rows: int,
+    *,
+    mesh: Mesh | None = None,
+    per_token: bool = False,
+    window: int = 1024,
+    counts: PackCounts | None = None,
+) -> Iterator[Scored]:
+    """Scores every response of every example, in the order in which they finish.
+
+    That order is fixed by the examples, and a response is at most two windows of examples and one
+    batch late. Prompts are computed once per example.
+
+    Args:
+      model: a decoder, placed on ``mesh`` if there is one.
+      examples: read as they are needed.
+      shape: of the rows; see :func:`scoring_shape`.
+      batch_rows: rows computed at once; divides by the mesh's data x fsdp.
+      mesh: what the model is spread over, or None for one device.
+      per_token: also the log-prob of each token.
+      window: examples looked at together when packing.
+      counts: filled with what packing did.
+
+    Raises:
+      DoesNotFit: a prompt with one response is longer than a row.
+    """
+    rows = pack(examples, shape, window=window, counts=counts)
+    batches = iter(lambda: list(itertools.islice(rows, batch_rows)), [])
+    for scores in score_batches(model, batches, shape, batch_rows, mesh=mesh, per_token=per_token):
+        yield from scores
+
+
+def score_batches(
+    model: Decoder,
+    batches: Iterable[Sequence[PackedRow]],
+    shape: RowShape,
+    batch_rows: int,
+    *,
+    mesh: Mesh | None = None,
+    per_token: bool = False,
+    counts: EngineCounts | None = None,
+) -> Iterator[list[Scored]]:
+    """Scores packed rows, at most ``batch_rows`` at once; yields one list per batch, in order.
+
+    A batch's scores are yielded after the next batch has been taken and handed to the device. A
+    batch of fewer rows is filled up with rows of padding.
+    """
+    counts = counts if counts is not None else EngineCounts()
+    compiled: set[int] = set()
+    previous: tuple[Sequence[PackedRow], Any] | None = None
+    for rows in batches:
+        batch = _assemble(rows, shape, batch_rows)
+        started = time.monotonic()
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            sharding = None if mesh is None else named(mesh, activation_spec("B"))
+            result = score_rows(model, jax.device_put(batch, sharding), shape.sequences, per_token)
+        if batch.targets.shape[1] not in compiled:
+            # A call returns before its work is done, but only after compiling.
+            compiled.add(batch.targets.shape[1])
+            counts.compile_seconds += time.monotonic() - started
+        for leaf in jax.tree.leaves(result):
+            leaf.copy_to_host_async()
+        counts.batches += 1
+        counts.places += batch_rows * shape.tokens
+        if previous is not None:
+            yield _fetch(*previous)
+        previous = (rows, result)
+    if previous is not None:
+        yield _fetch(*previous)
+
+
+def _assemble(rows: Sequence[PackedRow], shape: RowShape, batch_rows: int) -> Batch:
+    """Rows as one batch, filled up with padding, without the target slots that no row uses."""
+    filler = [empty_row(shape)] * (batch_rows - len(rows))
+    batch = stack([row.batch for row in rows] + filler)
+    used = int((batch.weights != 0).sum(axis=1).max())
+    slots = shape.targets
+    while slots % 2 == 0 and slots // 2 >= used and slots > shape.targets // 4:
+        slots //= 2
+    short = {
+        name: getattr(batch, name)[:, :slots]
+        for name in ("target_index", "targets", "weights", "sequence_ids")
+    }
+    return dataclasses.replace(batch, **short)
+
+
+def _fetch(
+    rows: Sequence[PackedRow], result: tuple[SequenceScores, jax.Array | None]
+) -> list[Scored]:
+    """Waits for a batch and names its numbers."""
+    (logprob_bs, num_tokens_bs), logprob_bm = jax.device_get(result)
+    scored = []
+    for b, row in enumerate(rows):
+        slot = 0
+        for s, (key, response) in enumerate(row.origins):
+            n = int(num_tokens_bs[b, s])
+            # Sequences fill the target slots one after the other.
+            tokens = None if logprob_bm is None else logprob_bm[b, slot : slot + n]
+            scored.append(Scored(key, response, float(logprob_bs[b, s]), n, tokens))
+            slot += n
+    return scored

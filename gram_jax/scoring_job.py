@@ -1,0 +1,470 @@
+"""The scoring job: a JSONL file in, the same rows in the same order with their scores out.
+
+Memory does not grow with the file. Lines are read in blocks (see ``scoring_input``) of a bounded
+number of tokens and lines; at any time at most ``BLOCKS_IN_FLIGHT`` exist: one being read and
+tokenised in another thread, one being computed, and one whose last batch has not come back. Only
+the summary of preference pairs keeps three numbers and a reference per pair.
+
+A job that was killed goes on where it stopped when the same command is given again (see
+``scoring_state``), and its file is the one that an uninterrupted run would have written.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TextIO, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gram_jax.config import ModelConfig
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.errors import UserError
+from gram_jax.evaluation import Accuracy, by_subset
+from gram_jax.mesh import check_divides
+from gram_jax.models.decoder import Decoder, compute_dtype
+from gram_jax.report import Table
+from gram_jax.reporting import Progress, duration, human
+from gram_jax.rows import PackCounts, PackedRow, pack
+from gram_jax.scoring import EngineCounts, Scored, score_batches, scoring_shape
+from gram_jax.scoring_input import Block, InputFacts, Line, check_input, read_blocks
+from gram_jax.scoring_state import JobFiles, JobState, differences
+
+BLOCKS_IN_FLIGHT = 3
+BLOCK_BATCHES = 32
+"""Batches of a block: what is computed again after a kill, at most, once what was done is on disk.
+A block's last batch is partly padding, so shorter blocks would cost more than they save."""
+
+DEFAULT_ROW_LENGTH = 2048
+# Tokens of a batch per device: enough to keep it busy, few enough for its memory.
+_BATCH_TOKENS = {"cpu": 4096}
+_BATCH_TOKENS_ACCELERATOR = 16384
+_SECONDS_BETWEEN_RECORDS = 1.0
+
+_Item = TypeVar("_Item")
+
+
+class Loaded(Protocol):
+    """What a checkpoint gives: the model, its tokenizer, and a name for the numbers they make."""
+
+    @property
+    def model(self) -> Decoder: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringJob:
+    """What to score, and how. 0 = chosen from the model and the device.
+
+    Attributes:
+      input, output: JSONL files; ``.gz`` is compressed.
+      average: ``reward`` is the log-prob of a response (sum) or that over its tokens (mean).
+      row_length: tokens of a row, in which short sequences lie side by side.
+      max_length: most tokens of a prompt and one response.
+      too_long: ``error`` stops at a longer one, ``truncate`` cuts it and says so in the row.
+      batch_rows: rows computed at once.
+      per_token: write the log-prob of every token, too.
+      add_eos: the end token is part of a response.
+    """
+
+    input: str
+    output: str
+    average: str = "sum"
+    row_length: int = 0
+    max_length: int = 0
+    too_long: str = "error"
+    batch_rows: int = 0
+    per_token: bool = False
+    add_eos: bool = True
+
+    def columns(self) -> list[str]:
+        """The columns that the job may write."""
+        names = ["logprob", "num_tokens", "reward"]
+        if self.per_token:
+            names.append("token_logprobs")
+        if self.too_long == "truncate":
+            names.append("truncated")
+        return names
+
+    def resolved(self, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> ScoringJob:
+        """The same job with every 0 replaced.
+
+        Raises:
+          UserError: a setting that this model, or another setting, does not allow.
+        """
+        for name, value, choices in (
+            ("average", self.average, ("sum", "mean")),
+            ("too_long", self.too_long, ("error", "truncate")),
+        ):
+            if value not in choices:
+                raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
+        longest = model.max_position
+        row_length = self.row_length or max(min(DEFAULT_ROW_LENGTH, longest), self.max_length)
+        max_length = self.max_length or min(row_length, longest)
+        if not len(tokenizer.prefix_ids) + 2 <= max_length <= min(row_length, longest):
+            raise UserError(
+                f"max_length={max_length} must be at least {len(tokenizer.prefix_ids) + 2}, and at"
+                f" most row_length={row_length} and the model's {longest} positions"
+            )
+        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        tokens = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
+        batch_rows = self.batch_rows or max(tokens // row_length, 1) * shards
+        if batch_rows < 1:
+            raise UserError(f"batch_rows={batch_rows} must be positive")
+        if mesh is not None:
+            check_divides(mesh, model, batch_rows)
+        return dataclasses.replace(
+            self, row_length=row_length, max_length=max_length, batch_rows=batch_rows
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """What a completed job did; over all its runs, if it was interrupted.
+
+    Attributes:
+      rows, candidates, truncated_rows: counts.
+      tokens: of prompt + response, over all candidates, after truncation.
+      tokens_computed: of these, after sharing prompts and equal responses.
+      padding: share of the computed places that held no token.
+      seconds: from the first batch to the last, compilation left out.
+      compile_seconds: of compiling, or of loading what was compiled before.
+      pairs: over rows with chosen and rejected, None without any.
+      subsets: of these, by the column ``subset``, if the file has one.
+    """
+
+    rows: int
+    candidates: int
+    truncated_rows: int
+    tokens: int
+    tokens_computed: int
+    padding: float
+    seconds: float
+    compile_seconds: float
+    pairs: dict[str, Any] | None
+    subsets: dict[str, dict[str, Any]]
+
+    def text(self) -> str:
+        """For a console."""
+        seconds = max(self.seconds, 1e-9)
+        lines = [
+            f"{self.rows:,} rows, {self.candidates:,} candidates in {duration(self.seconds)}"
+            f" ({human(self.rows / seconds)} rows/s), compilation {self.compile_seconds:.1f} s",
+            f"{human(self.tokens)} tokens of prompt + response, {human(self.tokens_computed)}"
+            f" computed ({human(self.tokens_computed / seconds)} tokens/s),"
+            f" padding {self.padding:.1%}",
+        ]
+        if self.truncated_rows:
+            lines.append(f"{self.truncated_rows:,} rows were truncated (column `truncated`)")
+        if self.pairs is not None:
+            groups = {**self.subsets, "all": self.pairs} if self.subsets else {"all": self.pairs}
+            headers = ["subset", "pairs", "accuracy", "ties", "mean margin", "longer wins"]
+            rows = [
+                (name, p["n"], _interval(p["accuracy"]), p["ties"], f"{p['margin_mean']:.4f}",
+                 _interval(p["longer_wins"]))
+                for name, p in groups.items()
+            ]  # fmt: skip
+            lines += ["", Table(headers, rows).text()]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JobResult:
+    """``was_complete``: there was nothing left to do, and nothing was done."""
+
+    summary: Summary
+    was_complete: bool
+
+
+def run_job(
+    job: ScoringJob,
+    load: Callable[[], Loaded],
+    *,
+    mesh: Mesh | None = None,
+    stream: TextIO | None = None,
+) -> JobResult:
+    """Runs a job, goes on with it, or finds that it is complete.
+
+    Args:
+      job: what to do.
+      load: gives the model; called after the whole input has been checked.
+      mesh: what the model is spread over, or None for one device.
+      stream: where progress goes; standard error by default.
+
+    Raises:
+      UserError: bad input (with file and line), bad settings, or an output that belongs to another
+        job.
+    """
+    if jax.process_count() > 1:
+        raise UserError("scoring runs in one process; give each its own part of the input")
+    if Path(job.input).resolve() == Path(job.output).resolve():
+        raise UserError(f"--input and --output are both {job.input}")
+    with JobFiles(job.output) as files:
+        state = files.read_state()
+        facts = check_input(job.input, job.columns(), at=state.lines if state else 0)
+        loaded = load()
+        job = job.resolved(loaded.model.config, loaded.tokenizer, mesh)
+        settings = _settings(job, loaded)
+        if state is None:
+            state = JobState(settings, facts.digests[0])
+        _check_same(state, settings, facts, files)
+        if state.summary is not None:
+            files.finish()
+            return JobResult(Summary(**state.summary), was_complete=True)
+        files.open(state)
+        state = _score(job, loaded, mesh, files, state, facts.lines, stream)
+        state.summary = dataclasses.asdict(_summarise(state.counts, files.rows()))
+        files.write_state(state)
+        files.finish()
+        return JobResult(Summary(**state.summary), was_complete=False)
+
+
+def _settings(job: ScoringJob, loaded: Loaded) -> dict[str, Any]:
+    """All that decides numbers beyond rounding, or columns."""
+    return {
+        "checkpoint": loaded.fingerprint,
+        "tokenizer": loaded.tokenizer.fingerprint(),
+        "dtype": str(np.dtype(compute_dtype(loaded.model.compute))),
+        "reward": "likelihood",
+        **{
+            name: getattr(job, name)
+            for name in ("average", "max_length", "too_long", "per_token", "add_eos")
+        },
+    }
+
+
+def _check_same(
+    state: JobState, settings: dict[str, Any], facts: InputFacts, files: JobFiles
+) -> None:
+    """Refuses to mix the numbers of two different jobs in one file."""
+    found = differences(state.settings, settings)
+    if state.settings["too_long"] == "error" and state.summary is None:
+        # What is done was short enough: the rest may be cut.
+        found = [text for text in found if not text.startswith("too_long ")]
+        state.settings["too_long"] = settings["too_long"]
+    changed = facts.digests.get(state.lines) != state.input_sha256
+    if changed or (state.summary is not None and facts.lines != state.lines):
+        found.append(f"the input's rows differ from those of the {state.lines} lines done")
+    if found:
+        done = files.output if state.summary is not None else files.partial
+        raise UserError(
+            f"{done} was made by another job: {'; '.join(found)}. Delete it and"
+            f" {files.state_path.name}, or choose another --output"
+        )
+
+
+def _score(
+    job: ScoringJob,
+    loaded: Loaded,
+    mesh: Mesh | None,
+    files: JobFiles,
+    state: JobState,
+    total: int,
+    stream: TextIO | None,
+) -> JobState:
+    """Scores what is left, keeps the state on disk up to date, and returns it."""
+    shape = scoring_shape(job.row_length)
+    blocks = read_blocks(
+        job.input,
+        loaded.tokenizer,
+        start=state.lines,
+        add_eos=job.add_eos,
+        max_length=job.max_length,
+        truncate=job.too_long == "truncate",
+        block_tokens=BLOCK_BATCHES * job.batch_rows * shape.tokens,
+    )
+    engine = EngineCounts()
+    waiting: collections.deque[_Running] = collections.deque()
+
+    def batches() -> Iterator[list[PackedRow]]:
+        for running in _ahead(_Running.start(block, shape, job.batch_rows) for block in blocks):
+            waiting.append(running)
+            yield from running.batches
+
+    progress = Progress(
+        total, initial=state.lines, unit="row", log_every=max(total // 20, 1), stream=stream
+    )
+    files.write_state(state)
+    begun = state
+    recorded = started = time.monotonic()
+    try:
+        results = score_batches(
+            loaded.model, batches(), shape, job.batch_rows,
+            mesh=mesh, per_token=job.per_token, counts=engine,
+        )  # fmt: skip
+        for scores in results:
+            running = waiting[0]
+            running.add(scores)
+            if running.missing:
+                continue
+            waiting.popleft()
+            size = state.size + files.append(running.rows(job))
+            now = time.monotonic()
+            # One assignment: an interruption leaves the old state or the new one.
+            state = _after(begun, state, running, size, engine, now - started)
+            if now - recorded > _SECONDS_BETWEEN_RECORDS:
+                files.record(state)
+                recorded = now
+            seconds = max(now - started - engine.compile_seconds, 1e-9)
+            computed = state.counts["computed"] - begun.counts.get("computed", 0)
+            rates = {
+                "rows/s": (state.lines - begun.lines) / seconds,
+                "tokens/s": computed / seconds,
+            }
+            progress.update(state.lines, rates)
+    finally:
+        progress.close()
+        files.record(state)
+    return state
+
+
+def _after(
+    begun: JobState,
+    state: JobState,
+    running: _Running,
+    size: int,
+    engine: EngineCounts,
+    elapsed: float,
+) -> JobState:
+    """The state after one more block; its seconds are those of all runs."""
+
+    def total(name: str, value: float, of: JobState = state) -> float:
+        return of.counts.get(name, 0) + value
+
+    counts = {
+        "tokens": total("tokens", running.block.tokens),
+        "computed": total("computed", running.packed.tokens),
+        "places": total("places", running.places),
+        "seconds": total("seconds", elapsed - engine.compile_seconds, begun),
+        "compile_seconds": total("compile_seconds", engine.compile_seconds, begun),
+    }
+    return dataclasses.replace(
+        state,
+        input_sha256=running.block.digest,
+        lines=running.block.end,
+        size=size,
+        counts=counts,
+    )
+
+
+class _Running:
+    """A block on its way through the engine."""
+
+    def __init__(
+        self, block: Block, batches: list[list[PackedRow]], packed: PackCounts, places: int
+    ):
+        self.block = block
+        self.batches = batches
+        self.packed = packed
+        self.places = places
+        self.missing = len(batches)
+        self._scores: dict[tuple[int, int], Scored] = {}
+
+    @classmethod
+    def start(cls, block: Block, shape: Any, batch_rows: int) -> _Running:
+        counts = PackCounts()
+        rows = list(pack(block.examples, shape, window=len(block.examples), counts=counts))
+        batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+        return cls(block, batches, counts, len(batches) * batch_rows * shape.tokens)
+
+    def add(self, scores: list[Scored]) -> None:
+        self.missing -= 1
+        self._scores.update({(score.key, score.response): score for score in scores})
+
+    def rows(self, job: ScoringJob) -> list[dict[str, Any]]:
+        """The block's rows with their new columns."""
+        return [self._row(line, job) for line in self.block.lines]
+
+    def _row(self, line: Line, job: ScoringJob) -> dict[str, Any]:
+        scores = [self._scores[place] for place in line.places]
+        if not all(math.isfinite(score.logprob) for score in scores):
+            raise UserError(
+                f"{job.input}:{line.number}: the model gives a log-prob that is not finite; its"
+                " weights may be damaged, or too large for the compute dtype"
+            )
+
+        def column(values: list[Any]) -> Any:
+            return values[0] if line.single else values
+
+        rewards = [s.logprob / (s.num_tokens if job.average == "mean" else 1) for s in scores]
+        row = dict(line.row)
+        row["logprob"] = column([_short(score.logprob) for score in scores])
+        row["num_tokens"] = column([score.num_tokens for score in scores])
+        row["reward"] = column([_short(reward) for reward in rewards])
+        if job.per_token:
+            tokens = [s.token_logprobs for s in scores if s.token_logprobs is not None]
+            row["token_logprobs"] = column([[_short(x) for x in values] for values in tokens])
+        if line.cut:
+            row["truncated"] = {
+                "prompt_tokens": line.cut.prompt,
+                "response_tokens": column(list(line.cut.responses)),
+            }
+        return row
+
+
+def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yields the items; the next one is made in another thread while the last one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
+            yield item
+
+
+def _summarise(counts: dict[str, float], rows: Iterator[dict[str, Any]]) -> Summary:
+    """Reads the finished rows once, so that those of earlier runs are in it."""
+    number = candidates = truncated = 0
+    numbers = [array.array("d") for _ in range(3)]
+    subsets: list[str] = []
+    names: dict[str, str] = {}
+    for row in rows:
+        number += 1
+        candidates += len(row["reward"]) if isinstance(row["reward"], list) else 1
+        truncated += "truncated" in row
+        if "chosen" in row:
+            chosen, rejected = row["reward"]
+            for column, value in zip(numbers, (chosen - rejected, *row["num_tokens"]), strict=True):
+                column.append(value)
+            subset = row.get("subset", "")
+            subsets.append(names.setdefault(subset, subset))
+    pairs, by_name = None, {}
+    if subsets:
+        found = by_subset(subsets, *numbers)
+        pairs = dataclasses.asdict(found.micro)
+        if set(names) != {""}:
+            by_name = {name or "(none)": dataclasses.asdict(s) for name, s in found.subsets.items()}
+    return Summary(
+        rows=number,
+        candidates=candidates,
+        truncated_rows=truncated,
+        tokens=int(counts["tokens"]),
+        tokens_computed=int(counts["computed"]),
+        padding=1 - counts["computed"] / counts["places"],
+        seconds=counts["seconds"],
+        compile_seconds=counts["compile_seconds"],
+        pairs=pairs,
+        subsets=by_name,
+    )
+
+
+def _interval(accuracy: dict[str, Any] | None) -> str | None:
+    if accuracy is None:
+        return None
+    a = Accuracy(**accuracy)
+    return f"{a.value:.1%} [{a.low:.1%}, {a.high:.1%}]"
+
+
+def _short(value: float) -> float:
+    """The decimal with the fewest digits that is the same float32."""
+    return float(str(np.float32(value)))

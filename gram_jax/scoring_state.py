@@ -1,0 +1,186 @@
+"""The output of a scoring job while it is being made: OUTPUT.partial and OUTPUT.state.json.
+
+Lines are appended to OUTPUT.partial, forced to disk, and then counted in OUTPUT.state.json, which
+is replaced whole. What stands in the partial file beyond what is counted (a torn line, or lines
+whose counting a kill prevented) is cut when the job goes on, and computed again. At the end the
+state gets its summary, and the partial file becomes OUTPUT in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self, cast
+
+from gram_jax.errors import UserError
+
+_FORMAT = 1
+
+
+@dataclasses.dataclass(slots=True)
+class JobState:
+    """What is on disk.
+
+    Attributes:
+      settings: all that decides the numbers and columns; see ``differences``.
+      input_sha256: of the rows that are done.
+      lines: how many these are.
+      size: bytes of the partial file that hold them.
+      counts: sums over them, and seconds spent.
+      summary: of the whole, once it is complete.
+    """
+
+    settings: dict[str, Any]
+    input_sha256: str
+    lines: int = 0
+    size: int = 0
+    counts: dict[str, float] = dataclasses.field(default_factory=dict)
+    summary: dict[str, Any] | None = None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that differ, in words."""
+    return [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+
+
+class JobFiles:
+    """The files of one job. Use as a context manager: leaving it closes and unlocks them."""
+
+    def __init__(self, output: str | Path):
+        self.output = Path(output)
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        self.state_path = self.output.with_name(self.output.name + ".state.json")
+        self._stream: BinaryIO | None = None
+
+    def read_state(self) -> JobState | None:
+        """The state of a job that was begun or completed here and whose lines are still there.
+
+        Raises:
+          UserError: there is an output that no state describes, or a state that cannot be read.
+        """
+        if not self.state_path.exists():
+            for path in (self.output, self.partial):
+                if path.exists():
+                    raise UserError(f"{path} exists already; delete it or choose another --output")
+            return None
+        try:
+            values = json.loads(self.state_path.read_text(encoding="utf-8"))
+            if values.pop("format") != _FORMAT:
+                raise ValueError("another version wrote it")
+            state = JobState(**values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.state_path}: not the state of a scoring job ({error}); delete it and"
+                f" {self.partial.name}, or choose another --output"
+            ) from None
+        kept = self.partial.exists() or (state.summary is not None and self.output.exists())
+        return state if kept else None
+
+    def write_state(self, state: JobState) -> None:
+        """Replaces the state in one step."""
+        temporary = self.state_path.with_name(self.state_path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump({"format": _FORMAT, **dataclasses.asdict(state)}, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.state_path)
+
+    def open(self, state: JobState) -> None:
+        """Opens the partial file for appending after what ``state`` counts; cuts what is beyond.
+
+        Raises:
+          UserError: another process writes it, or it is shorter than it should be.
+        """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        stream = cast(BinaryIO, self.partial.open("ab"))
+        self._stream = stream
+        _lock(stream, self.partial)
+        if os.fstat(stream.fileno()).st_size < state.size:
+            raise UserError(
+                f"{self.partial} is shorter than {self.state_path.name} says; delete both, or"
+                " choose another --output"
+            )
+        stream.truncate(state.size)
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> int:
+        """Writes rows, one a line; returns the bytes written. Not counted until `record`."""
+        assert self._stream is not None
+        return self._stream.write(b"".join(map(_line, rows)))
+
+    def record(self, state: JobState) -> None:
+        """Forces what was appended to disk, then counts it."""
+        assert self._stream is not None
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.write_state(state)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows that have been written, in order."""
+        with self.partial.open("rb") as stream:
+            for line in stream:
+                yield json.loads(line)
+
+    def finish(self) -> None:
+        """Makes OUTPUT of the partial file in one step; may be repeated after a kill."""
+        if not self.partial.exists():
+            return
+        if self.output.name.endswith(".gz"):
+            temporary = self.output.with_name(self.output.name + ".tmp")
+            # No name and no time in the header: equal rows make equal files.
+            with (
+                self.partial.open("rb") as source,
+                temporary.open("wb") as raw,
+                gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
+            temporary.replace(self.output)
+            self.partial.unlink()
+        else:
+            self.partial.replace(self.output)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair in some other column: escaped, as it came
+        return (json.dumps(row) + "\n").encode()
+
+
+def _lock(stream: BinaryIO, path: Path) -> None:
+    """Refuses to write what another process is writing; the lock dies with the process."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is writing it; wait for it or end it") from None
+    except OSError:
+        return  # some network file systems have no locks

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, logging
+from absl import app
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from gram_jax.config import check_overrides
 from gram_jax.errors import UserError
 from gram_jax.loop import StageResult
 from gram_jax.reporting import duration
@@ -28,13 +30,18 @@ def run(main: Callable[[list[str]], None]) -> None:
     if "--help" in sys.argv[1:]:
         app.define_help_flags()
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+    try:
+        check_overrides(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     app.run(lambda argv: _guarded(main, argv))
 
 
 def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     try:
         # Orbax and others write dozens of INFO lines a checkpoint through absl.
-        logging.set_verbosity(logging.WARNING)
+        absl_logging.set_verbosity(absl_logging.WARNING)
         if len(argv) > 1:
             raise UserError(f"{argv[1]!r} is not a flag; flags are --name=value")
         # At level INFO it names each kind of device that is not here, which reads like a fault.

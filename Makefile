@@ -1,0 +1,41 @@
+# The newcomer's commands. Each sets up what it needs in .venv and runs on a machine without accelerator.
+#   make quickstart   install, then pretrain, fine-tune, score and export a small reward model
+#   make test         install, then lint, type check and all tests
+PYTHON ?= python3
+BIN := .venv/bin
+# PyTorch first and by itself: its CPU build satisfies what transformers asks for.
+TORCH := torch==2.13.0
+# The older transformers that exported folders must load in too, beside the one in .venv.
+PEERS := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 requests==2.32.5 \
+	urllib3==2.5.0 charset-normalizer==3.4.4 certifi==2026.10.18
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m gram_jax.quickstart
+
+test: .venv/installed-test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("gram_jax needs Python 3.11 or later; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python setup.py constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .venv/peers/transformers-4.57 $(PEERS)
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

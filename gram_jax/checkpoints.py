@@ -31,6 +31,10 @@ from gram_jax.training import TrainState, merge_model, split_model
 FOLDER = "checkpoints"
 RUN_FILE = "run.json"
 _SAMPLE = 2**20  # bytes
+_WHAT_IT_IS = (
+    "A checkpoint is a workdir of pretrain or finetune, one of its"
+    f" {FOLDER}/STEP folders, or a Hugging Face folder (config.json and safetensors)"
+)
 
 
 @dataclasses.dataclass
@@ -170,10 +174,7 @@ def find_step_folder(path: str | Path) -> Path:
             steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "files").is_dir()]
             if steps:
                 return max(steps, key=lambda p: int(p.name))
-    raise UserError(
-        f"{path}: no checkpoint here. A checkpoint is a workdir of pretrain or finetune, one of its"
-        f" {FOLDER}/STEP folders, or a Hugging Face folder (config.json and safetensors)"
-    )
+    raise UserError(f"{path}: no checkpoint here. {_WHAT_IT_IS}")
 
 
 def read_run_info(step_folder: Path) -> RunInfo:
@@ -209,7 +210,7 @@ def load_model(path: str | Path, compute: ComputeConfig, mesh: Mesh | None = Non
       UserError: there is no checkpoint, or it cannot be used.
     """
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: there is no such folder. {_WHAT_IT_IS}")
     if hf.is_hf_folder(path):
         model, info = hf.load(path, compute, mesh)
         tokenizer = Tokenizer.load(path)

@@ -278,7 +278,10 @@ def from_dict(cls: type[Any], values: dict[str, Any], where: str = "config") -> 
             if not isinstance(value, dict):
                 raise UserError(f"{where}.{name} holds {value!r}; it must be an object")
             value = from_dict(typing.cast(type, hints[name]), value, f"{where}.{name}")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            value = tuple(value) if isinstance(value, list) else value
+            _check_type(f"{where}.{name}", value, hints[name])
+        arguments[name] = value
     return cls(**arguments)
 
 

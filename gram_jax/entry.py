@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
@@ -31,11 +31,34 @@ def run(main: Callable[[list[str]], None]) -> None:
         app.define_help_flags()
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
+        _check_config_file(sys.argv[1:])
         check_overrides(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     app.run(lambda argv: _guarded(main, argv))
+
+
+def _check_config_file(arguments: list[str]) -> None:
+    """Where there is a flag --config, it must be given and name a file.
+
+    Raises:
+      UserError: says which is not so; config_flags would answer with a traceback.
+    """
+    if "config" not in flags.FLAGS or any(a.startswith(("--help", "-help")) for a in arguments):
+        return
+    following = [*arguments[1:], ""]
+    for argument, next_argument in zip(arguments, following, strict=True):
+        if argument.lstrip("-").partition("=")[0] == "config" and argument.startswith("-"):
+            value = argument.partition("=")[2] if "=" in argument else next_argument
+            path = value.partition(":")[0]
+            if not Path(path).is_file():
+                raise UserError(
+                    f"--config={value}: there is no file {path!r}; name a Python file, as in"
+                    " --config=configs/NAME.py:ARGUMENT"
+                )
+            return
+    raise UserError("--config is missing; name a file, as in --config=configs/NAME.py:ARGUMENT")
 
 
 def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
@@ -78,6 +101,9 @@ def define_config() -> Any:
 def print_result(result: StageResult, workdir: str) -> None:
     """The last line of a stage."""
     final = result.validation or result.metrics
+    if not final:  # resumed after its last step
+        print(f"complete already: {result.steps} steps; checkpoint {workdir}")
+        return
     print(
         f"done: {result.steps} steps, {'validation ' if result.validation else ''}loss"
         f" {final['loss']:.4f}, {duration(result.seconds)}; checkpoint {workdir}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gram_jax.checkpoints import CheckpointStore, RunInfo, load_model, versions
 from gram_jax.config import FIXED, Config, differences, validate
@@ -70,11 +70,13 @@ def _prepare(config: Config, files: tuple[str, ...], tokenizer: Tokenizer) -> _D
       UserError: there is nothing to train on; DataError for a bad row.
     """
     paths = [path for entry in files for path in entry.split(",")]
+    if not paths:
+        raise UserError("config.data.train is empty; name JSONL files: --config.data.train=F.jsonl")
     shape, read, packed = row_shape(config.data), ExampleCounts(), PackCounts()
     examples = read_examples(paths, config.data, tokenizer, read)
     rows = list(pack(examples, shape, window=config.data.pack_window, counts=packed))
     if not rows:
-        raise UserError(f"{', '.join(paths) or 'config.data.train'}: no rows to train on")
+        raise UserError(f"{', '.join(paths)}: no rows to train on")
     return _Data(PackedRows(rows, shape), packed, read)
 
 
@@ -134,12 +136,10 @@ class _Stage:
         if latest is None:
             self.state = init_state(self.tx, trainable, frozen)
         else:
-            wanted = TrainState(
-                jax.ShapeDtypeStruct((), np.int32),
-                trainable,
-                frozen,
-                jax.eval_shape(self.tx.init, trainable),
-            )
+            step = jax.ShapeDtypeStruct((), np.int32)
+            opt_state = jax.eval_shape(self.tx.init, trainable)
+            step, opt_state = jax.tree.map(lambda x: _on_devices(x, mesh), (step, opt_state))
+            wanted = TrainState(step, trainable, frozen, opt_state)
             self.state = store.restore(latest, wanted)
         self.train_step = make_train_step(graph, self.tx, c.objective, c.data.row_sequences)
         self.eval_step = make_eval_step(graph, c.objective, c.data.row_sequences)
@@ -270,6 +270,15 @@ class _Stage:
         self.store.save(step, self.state, info, self.tokenizer, validated)
 
 
+def _on_devices(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The same array with its devices: left open, it would be restored onto those it was saved on.
+
+    So a run can go on with another mesh, or another number of devices.
+    """
+    spec = leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+
 def _start(config: Config, mesh: Mesh) -> tuple[Decoder, Config, Tokenizer, dict[str, Any] | None]:
     """The model a new run starts from, and the config with that model's own shape."""
     if config.init_from:
@@ -287,8 +296,8 @@ def _start(config: Config, mesh: Mesh) -> tuple[Decoder, Config, Tokenizer, dict
         )
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but model.vocab_size is"
-            f" {config.model.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, but config.model.vocab_size is"
+            f" {config.model.vocab_size}; make it at least as large, or choose another tokenizer"
         )
     return model, config, tokenizer, hf_info
 

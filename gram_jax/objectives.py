@@ -52,9 +52,12 @@ def next_token(
     logprob_bm: jax.Array, logz_bm: jax.Array, weights_bm: jax.Array, z_loss: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of w (-log p + z logz^2), sum of w) over target tokens."""
+    used = weights_bm != 0
+    # where, not a product: an unused slot's number means nothing. Before the square as well, whose
+    # slope at a NaN is NaN.
+    logz_bm = jnp.where(used, logz_bm, 0.0)
     per_token = -logprob_bm + z_loss * jnp.square(logz_bm) if z_loss else -logprob_bm
-    # where, not a product: an unused slot's number means nothing.
-    return jnp.sum(jnp.where(weights_bm != 0, weights_bm * per_token, 0.0)), jnp.sum(weights_bm)
+    return jnp.sum(jnp.where(used, weights_bm * per_token, 0.0)), jnp.sum(weights_bm)
 
 
 def objective(
@@ -95,7 +98,9 @@ def preference_loss(
         reference = batch.reference / count if config.average == "mean" else batch.reference
         relative = own - reference
     weight = batch.pair_weight
-    target = smoothed(batch.pair_target, config.label_smoothing)
+    # Unused slots are emptied before the loss as well as after: 0 times the slope at a NaN is NaN.
+    used = weight != 0
+    target = smoothed(jnp.where(used, batch.pair_target, 0.5), config.label_smoothing)
 
     def side(values_bs: jax.Array, numbers_bp: jax.Array) -> jax.Array:
         """The values of the sequences with these numbers; number 0, nothing, has value 0."""
@@ -103,7 +108,7 @@ def preference_loss(
         return jnp.where(numbers_bp > 0, picked, 0.0)
 
     difference = config.beta * (side(relative, batch.pair_a) - side(relative, batch.pair_b))
-    difference = difference - batch.pair_margin
+    difference = jnp.where(used, difference - batch.pair_margin, 0.0)
     ranking = pairwise_loss(difference, target)
     if config.name == "smoothed_pairwise":
         per_pair = ranking
@@ -121,13 +126,13 @@ def preference_loss(
     right = jnp.where(sign == 0, 0.5, right)
 
     def total(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(weight != 0, weight * values, 0.0))
+        return jnp.sum(jnp.where(used, weight * values, 0.0))
 
     metrics = {
         "loss": total(per_pair),
         "ranking_loss": total(ranking),
         "accuracy": total(right),
         "margin": total(sign * difference),
-        "pairs": jnp.sum((weight != 0).astype(jnp.float32)),
+        "pairs": jnp.sum(used.astype(jnp.float32)),
     }
     return metrics["loss"], jnp.sum(weight), metrics

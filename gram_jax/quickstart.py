@@ -54,7 +54,7 @@ _SCALE = flags.DEFINE_float("scale", 1.0, "Length of both stages, as a multiple 
 
 VOCABULARY = 2048
 ROW_LENGTH = 256
-PRETRAIN_STEPS, FINETUNE_STEPS = 420, 220
+PRETRAIN_STEPS, FINETUNE_STEPS = 1300, 700
 STAGES = ("initialisation", "after stage 1", "after stage 2")
 
 
@@ -80,9 +80,10 @@ def pretrain_config(files: TaskFiles, tokenizer: Path, seed: int, scale: float) 
             row_length=ROW_LENGTH,
         ),
         objective=ObjectiveConfig(name="next_token"),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup=0.05, final=0.05),
+        # Many small steps: so early in training they are worth more than fewer, larger ones.
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup=0.05, final=0.05, beta2=0.98),
         train=TrainConfig(
-            length=PRETRAIN_STEPS * scale, batch_rows=8, log_every=20, validation_rows=32
+            length=PRETRAIN_STEPS * scale, batch_rows=2, log_every=100, validation_rows=32
         ),
         checkpoint=CheckpointConfig(every=100_000, keep_last=1),
     )
@@ -101,10 +102,10 @@ def finetune_config(files: TaskFiles, init_from: Path, seed: int, scale: float) 
             row_sequences=16,
             row_pairs=16,
         ),
-        objective=ObjectiveConfig(name="smoothed_pairwise", label_smoothing=0.05, beta=0.2),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.05, final=0.05),
+        objective=ObjectiveConfig(name="smoothed_pairwise", label_smoothing=0.05, beta=0.1, chosen_ce=1.0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05, final=0.05, beta2=0.98),
         train=TrainConfig(
-            length=FINETUNE_STEPS * scale, batch_rows=8, log_every=20, validation_rows=24
+            length=FINETUNE_STEPS * scale, batch_rows=1, log_every=100, validation_rows=24
         ),
         checkpoint=CheckpointConfig(every=100_000, keep_last=1),
     )
@@ -115,7 +116,7 @@ def score_sets(name: str, loaded: LoadedModel, files: TaskFiles, folder: Path) -
     found: dict[str, Scores] = {}
     for which, path in (("in", files.pairs_in), ("out", files.pairs_out)):
         output = folder / f"{name.replace(' ', '_')}_{which}.jsonl"
-        job = ScoringJob(input=str(path), output=str(output), row_length=2 * ROW_LENGTH)
+        job = ScoringJob(input=str(path), output=str(output), row_length=ROW_LENGTH)
         run_job(job, lambda: loaded)
         rows = [row for _, row in read_jsonl(output)]
         rewards = np.array([row["reward"] for row in rows])
@@ -131,7 +132,7 @@ def check_export(folder: Path, scored: Path, pairs: Path, work: Path) -> float:
     Relative where a log-prob is above 1 in size: max |a - b| / max(1, |b|).
     """
     again = work / "export_out.jsonl"
-    job = ScoringJob(input=str(pairs), output=str(again), row_length=2 * ROW_LENGTH)
+    job = ScoringJob(input=str(pairs), output=str(again), row_length=ROW_LENGTH)
     run_job(job, lambda: load_model(folder, ComputeConfig()))
     a, b = (np.array([row["logprob"] for _, row in read_jsonl(path)]) for path in (again, scored))
     return float((np.abs(a - b) / np.maximum(1, np.abs(b))).max())
@@ -152,7 +153,7 @@ def main(_: list[str]) -> None:
         print(f"== {name}: {duration(now - since)}", flush=True)
         return now
 
-    files = write_docstring_task(work / "data", seed=seed, pairs_per_kind=150)
+    files = write_docstring_task(work / "data", seed=seed, pairs_per_kind=120)
     print(files.summary)
     tokenizer = Tokenizer.train((row["text"] for _, row in read_jsonl(files.text)), VOCABULARY)
     tokenizer.save(work / "tokenizer")

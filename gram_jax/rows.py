@@ -144,12 +144,11 @@ def split_example(example: Example, shape: RowShape) -> list[Part]:
     """
     lengths = [len(response) for response in example.responses]
     prefix = len(example.prompt) - 1
-    # One unit is what must stay together: a pair, or a single response where there are no pairs.
+    # One unit is what must stay together: a pair, or a single response that is in no pair.
     units: list[tuple[frozenset[int], tuple[Pair, ...]]]
-    if example.pairs:
-        units = [(frozenset((pair.a, pair.b)), (pair,)) for pair in example.pairs]
-    else:
-        units = [(frozenset((i,)), ()) for i in range(len(lengths))]
+    units = [(frozenset((pair.a, pair.b)), (pair,)) for pair in example.pairs]
+    paired = {i for members, _ in units for i in members}
+    units += [(frozenset((i,)), ()) for i in range(len(lengths)) if i not in paired]
     parts: list[Part] = []
     while units:
         chosen: set[int] = set()
@@ -371,7 +370,7 @@ def _problems(row: Batch, vocab_size: int) -> Iterator[str]:
             yield f"segment_ids skips {number}"
             continue
         b, p = branch[inside], position[inside]
-        if (np.diff(b) < 0).any() or (np.diff(b) > 1).any() or b[-1] == 0:
+        if (np.diff(b, prepend=0) < 0).any() or (np.diff(b, prepend=0) > 1).any() or b[-1] == 0:
             yield f"segment {number}: branch_ids must run 0.., 1.., 2.. and end in a branch"
         prefix = int((b == 0).sum())
         if (p[:prefix] != np.arange(prefix)).any():

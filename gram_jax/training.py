@@ -53,8 +53,8 @@ def split_model(model: Decoder, last_blocks: int) -> tuple[Any, Any, Any]:
     if last_blocks < depth:
         # On shapes alone as well, where a state is described before it is restored.
         shapes_only = isinstance(jax.tree.leaves(model)[0], jax.ShapeDtypeStruct)
-        run = jax.eval_shape if shapes_only else lambda f, m: jax.jit(f)(m)
-        model, stack = run(lambda m: m.split_stacks(last_blocks), model), 1
+        run = jax.jit(lambda m: m.split_stacks(last_blocks))
+        model, stack = model.split_stacks(last_blocks) if shapes_only else run(model), 1
 
     def is_trainable(path: tuple[Any, ...], _: Any) -> bool:
         return path[0] == "norm" or path[:2] == ("stacks", stack)

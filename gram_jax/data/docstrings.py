@@ -26,7 +26,7 @@ from typing import NamedTuple
 from gram_jax.data.builtin import Docstring
 
 KINDS = ("other", "displaced", "names", "splice", "swap")
-LONGEST_RESPONSE = 500
+LONGEST_RESPONSE = 300
 SHORTEST_RESPONSE = 80
 
 _HELD_OUT_PERCENT = 8
@@ -81,8 +81,12 @@ def response_of(docstring: Docstring) -> str | None:
 
 
 def pretraining_text(docstring: Docstring) -> tuple[str, str]:
-    """Returns (prompt, whole docstring): stage 1 learns to write what stage 2 learns to judge."""
-    return prompt_of(docstring), docstring.text
+    """Returns (prompt, beginning of the docstring): stage 1 learns to write what stage 2 judges.
+
+    Where `response_of` gives nothing (a short text), the text as far as a response may reach.
+    """
+    text = response_of(docstring) or docstring.text[:LONGEST_RESPONSE]
+    return prompt_of(docstring), text
 
 
 def is_held_out(docstring: Docstring, percent: int = _HELD_OUT_PERCENT) -> bool:

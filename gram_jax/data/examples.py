@@ -21,7 +21,7 @@ from gram_jax.config import DataConfig
 from gram_jax.data.prompts import ExampleError, encode_pair
 from gram_jax.data.sources import PreferenceRow, read_preferences, read_texts
 from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.errors import DataError
+from gram_jax.errors import DataError, UserError
 from gram_jax.rows import Example, IntArray, Pair, RowShape
 
 
@@ -108,6 +108,8 @@ def preference_examples(
             )
         except ExampleError as error:
             raise DataError(error.reason, file=path, line=row.line, field=error.field) from None
+        except UserError as error:  # the tokenizer or its chat template cannot do with this row
+            raise DataError(str(error), file=path, line=row.line) from None
         counts.tokens += len(prompt) + len(chosen) + len(rejected)
         prompt, chosen, rejected = _fit(prompt, chosen, rejected, config, counts)
         group = grouped.setdefault(prompt.tobytes(), _Group(prompt))

@@ -196,8 +196,8 @@ class Decoder(nnx.Module):
         cut = self.config.num_layers - trainable
         if not 0 < cut < self.config.num_layers:
             raise ValueError(f"cannot split {self.config.num_layers} blocks at {cut}")
-        ends = [jax.tree.map(lambda w, s=s: w[s], stack) for s in (slice(cut), slice(cut, None))]
-        return self._with_stacks(ends)
+        ends = (slice(cut), slice(cut, None))
+        return self._with_stacks([jax.tree.map(lambda w, e=e: _layers(w, e), stack) for e in ends])
 
     def joined_stacks(self) -> Decoder:
         """The same model with all blocks in one stack."""
@@ -211,6 +211,14 @@ class Decoder(nnx.Module):
         twin = cast(Decoder, nnx.merge(graph, state))
         twin.stacks = nnx.List(stacks)
         return twin
+
+
+def _layers(weight: Any, part: slice) -> Any:
+    """Some layers of a stacked weight, or of its description (which keeps its sharding)."""
+    if not isinstance(weight, jax.ShapeDtypeStruct):
+        return weight[part]
+    shape = (len(range(*part.indices(weight.shape[0]))), *weight.shape[1:])
+    return jax.ShapeDtypeStruct(shape, weight.dtype, sharding=weight.sharding)
 
 
 def compute_dtype(compute: ComputeConfig) -> Any:

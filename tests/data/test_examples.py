@@ -1,0 +1,225 @@
+"""No token of a text is lost or predicted twice; what is cut is cut by rule, and counted."""
+
+import gzip
+import json
+
+import numpy as np
+import peer_models
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
+
+from gram_jax.config import DataConfig
+from gram_jax.data.examples import (
+    ExampleCounts,
+    preference_examples,
+    read_examples,
+    row_shape,
+    text_examples,
+)
+from gram_jax.data.sources import PreferenceRow
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.errors import DataError
+from gram_jax.rows import Pair, pack
+
+BOS, EOS, V = 1, 2, 96
+bounded = settings(deadline=None, max_examples=60)
+texts = st.lists(st.lists(st.integers(3, V - 1), min_size=1, max_size=30), min_size=1, max_size=8)
+
+
+def word_tokenizer(bos):
+    """One word per id; with ``bos`` a prompt starts with <s>, as its post-processor says."""
+    base = peer_models.tokenizer()
+    if not bos:
+        return base
+    words = {f"w{i}": i for i in range(3, V)} | {"<pad>": 0, "<s>": BOS, "</s>": EOS}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, "<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<pad>", "<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    return Tokenizer(backend.to_str(), base.special_tokens, None, "the test's tokenizer")
+
+
+WITH_BOS, WITHOUT_BOS = word_tokenizer(True), word_tokenizer(False)
+
+
+def words(ids):
+    return " ".join(f"w{i}" for i in ids)
+
+
+def of_text(documents, tokenizer, **options):
+    counts = ExampleCounts()
+    config = DataConfig(**{"row_length": 16} | options)
+    found = list(text_examples(map(words, documents), config, tokenizer, counts))
+    return found, counts
+
+
+def test_the_two_tokenizers_differ_in_bos():
+    assert WITH_BOS.encode_prompt("w5") == [BOS, 5]
+    assert WITHOUT_BOS.encode_prompt("w5") == [5]
+
+
+@bounded
+@given(texts, st.booleans(), st.booleans(), st.sampled_from([0, 5]))
+def test_every_token_of_a_text_is_predicted_once(documents, bos, add_eos, row_targets):
+    tokenizer = WITH_BOS if bos else WITHOUT_BOS
+    options = {"add_eos": add_eos, "row_targets": row_targets}
+    found, counts = of_text(documents, tokenizer, **options)
+    examples = iter(found)
+    longest, split = row_targets or 16, 0
+    for document in documents:
+        whole = [BOS] * bos + document + [EOS] * add_eos
+        # Without BOS, the first token is what the rest is predicted from.
+        remaining, before = whole[1:], whole[:1]
+        split += len(remaining) > longest
+        while remaining:
+            example = next(examples)
+            (response,) = example.responses
+            assert example.prompt.tolist() == before[-1:]
+            assert response.tolist() == remaining[:longest]
+            before, remaining = response.tolist(), remaining[longest:]
+    assert next(examples, None) is None
+    assert counts.rows == len(documents)
+    assert counts.examples == len(found)
+    assert counts.split_documents == split
+    assert counts.tokens == sum(len(d) + bos + add_eos for d in documents)
+    assert [example.key for example in found] == list(range(1, len(found) + 1))
+
+
+@bounded
+@given(texts)
+def test_texts_go_into_rows_whole(documents):
+    found, _ = of_text(documents, WITH_BOS)
+    rows = list(pack(found, row_shape(DataConfig(row_length=16))))
+    targets = np.concatenate([row.batch.targets[row.batch.weights != 0] for row in rows])
+    wanted = [token for document in documents for token in [*document, EOS]]
+    assert sorted(targets) == sorted(wanted)
+
+
+def preferences(rows, **options):
+    """Examples of (prompt, chosen, rejected[, reference]) given as lists of ids."""
+    config = DataConfig(**{"format": "preferences", "row_length": 24, "row_targets": 16} | options)
+    counts = ExampleCounts()
+    read = (
+        ("f.jsonl", PreferenceRow(words(p), words(c), words(r), "", rest[0] if rest else None, i))
+        for i, (p, c, r, *rest) in enumerate(rows, start=1)
+    )
+    return list(preference_examples(read, config, WITH_BOS, counts)), counts
+
+
+def test_a_prompt_has_bos_and_a_response_has_eos():
+    (example,), counts = preferences([([5, 6], [7], [8, 9])])
+    assert example.prompt.tolist() == [BOS, 5, 6]
+    assert [r.tolist() for r in example.responses] == [[7, EOS], [8, 9, EOS]]
+    assert example.pairs == (Pair(0, 1, target=1.0),)
+    assert example.reference is None
+    assert (counts.rows, counts.examples, counts.tokens) == (1, 1, 3 + 2 + 3)
+    (bare,), _ = preferences([([5, 6], [7], [8, 9])], add_eos=False)
+    assert [r.tolist() for r in bare.responses] == [[7], [8, 9]]
+
+
+def test_rows_of_one_prompt_become_one_example_and_share_responses():
+    rows = [
+        ([5], [10], [11], (-1.0, -2.0)),
+        ([6], [10], [11], (-5.0, -6.0)),
+        ([5], [10], [12], (-1.0, -3.0)),
+        ([5], [12], [11], (-3.0, -2.0)),
+        ([5], [12], [11], (-3.0, -2.0)),
+    ]
+    (one, other), counts = preferences(rows)
+    assert [r.tolist() for r in one.responses] == [[10, EOS], [11, EOS], [12, EOS]]
+    assert one.pairs == (Pair(0, 1), Pair(0, 2), Pair(2, 1), Pair(2, 1))
+    assert one.reference == (-1.0, -2.0, -3.0)
+    assert other.reference == (-5.0, -6.0)
+    assert (one.key, other.key) == (0, 1)
+    assert counts.rows == 5
+    assert counts.examples == 2
+    assert counts.shared_responses == 5
+    assert counts.repeated_pairs == 1
+    assert counts.text() == ("rows 5, examples 2, tokens 30, shared responses 5, repeated pairs 1")
+
+
+def test_a_long_prompt_keeps_its_end():
+    prompt = list(range(10, 40))
+    (example,), counts = preferences([(prompt, [5], [6])], max_prompt=8)
+    assert example.prompt.tolist() == prompt[-8:]
+    assert (counts.cut_prompts, counts.cut_tokens, counts.cut_responses) == (1, 31 - 8, 0)
+    (example,), counts = preferences([(prompt, [5], [6])])
+    assert len(example.prompt) == 12  # half of a row
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept", "cut"),
+    [
+        ((7, 7), (8, 8), 0),  # 8 + 8 with EOS: just fits
+        ((20, 3), (12, 4), 1),  # the longer one gives way
+        ((3, 20), (4, 12), 1),
+        ((20, 20), (8, 8), 2),
+        ((20, 8), (8, 8), 2),
+        ((8, 7), (8, 8), 1),
+    ],
+)
+def test_two_responses_that_do_not_fit_are_cut_at_their_ends(lengths, kept, cut):
+    chosen, rejected = (list(range(10, 10 + n)) for n in lengths)
+    rejected[0] = 50
+    (example,), counts = preferences([([5], chosen, rejected)])
+    whole = ([*chosen, EOS], [*rejected, EOS])
+    found = [r.tolist() for r in example.responses]
+    assert found == [w[:k] for w, k in zip(whole, kept, strict=True)]
+    assert counts.cut_responses == cut == sum(r[-1] != EOS for r in found)
+    assert counts.cut_tokens == sum(lengths) + 2 - sum(kept)
+
+
+lists = st.lists(st.integers(3, V - 1), min_size=1, max_size=40)
+
+
+@bounded
+@given(st.lists(st.tuples(lists, lists, lists), min_size=1, max_size=8))
+def test_whatever_is_cut_fits_a_row_with_all_its_pairs(rows):
+    config = DataConfig(
+        format="preferences", row_length=24, row_targets=16, row_sequences=4, row_pairs=2
+    )
+    found, counts = preferences(rows, row_sequences=4, row_pairs=2)
+    assert sum(len(example.pairs) for example in found) == len(rows)
+    packed = list(pack(found, row_shape(config)))
+    assert sum((row.batch.pair_weight != 0).sum() for row in packed) == len(rows)
+    before = sum(1 + len(p) + len(c) + len(r) + 2 for p, c, r in rows)
+    assert counts.tokens == before
+
+
+def test_rows_have_sequences_and_pairs_for_preferences_only():
+    text = row_shape(DataConfig(row_length=64, row_targets=32))
+    assert (text.tokens, text.targets, text.sequences, text.pairs) == (64, 32, 0, 0)
+    both = row_shape(DataConfig(row_length=64, format="preferences", row_sequences=5, row_pairs=3))
+    assert (both.tokens, both.targets, both.sequences, both.pairs) == (64, 64, 5, 3)
+
+
+def test_files_are_read_in_order_plain_and_compressed(tmp_path):
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    plain.write_text(json.dumps({"text": "w5 w6"}) + "\n" + json.dumps({"text": "w7"}) + "\n")
+    packed.write_bytes(gzip.compress(json.dumps({"text": "w8"}).encode() + b"\n"))
+    counts = ExampleCounts()
+    found = list(read_examples([plain, packed], DataConfig(), WITH_BOS, counts))
+    assert [e.responses[0].tolist() for e in found] == [[5, 6, EOS], [7, EOS], [8, EOS]]
+    assert counts.rows == 3
+
+
+def test_a_bad_row_is_named_with_file_line_and_field(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    good = {"prompt": "w5", "chosen": "w6", "rejected": "w7", "logprob": [-1.0, -2.0]}
+    rows = [good, good | {"logprob": [-1.0]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(format="preferences", reference_field="logprob")
+    with pytest.raises(DataError) as error:
+        list(read_examples([path], config, WITH_BOS, ExampleCounts()))
+    assert (error.value.line, error.value.field) == (2, "logprob")
+    assert str(path) in str(error.value)
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"prompt": ""}) + "\n")
+    config = DataConfig(format="preferences")
+    with pytest.raises(DataError) as error:
+        list(read_examples([path], config, WITHOUT_BOS, ExampleCounts()))
+    assert (error.value.line, error.value.field) == (2, "prompt")

@@ -227,6 +227,19 @@ def load_model(path: str | Path, compute: ComputeConfig, mesh: Mesh | None = Non
     return LoadedModel(model, tokenizer, fingerprint(folder), run.hf_info, run.config)
 
 
+def reward_average(path: str | Path) -> str:
+    """Whether the model's reward is a sum of log-probs or their mean: as it was fine-tuned.
+
+    ``sum`` where nothing says so (a pretrained model, a folder made by others).
+    """
+    if hf.is_hf_folder(path):
+        described = Path(path) / "gram_config.json"
+        values = json.loads(described.read_text("utf-8")) if described.is_file() else {}
+        return str(values.get("average", "sum"))
+    objective = read_run_info(find_step_folder(path)).config.objective
+    return "sum" if objective.name == "next_token" else objective.average
+
+
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 over the names, sizes and samples (head, middle, end) of all files in a folder.
 

@@ -102,7 +102,9 @@ def finetune_config(files: TaskFiles, init_from: Path, seed: int, scale: float) 
             row_sequences=16,
             row_pairs=16,
         ),
-        objective=ObjectiveConfig(name="smoothed_pairwise", label_smoothing=0.05, beta=0.1, chosen_ce=1.0),
+        objective=ObjectiveConfig(
+            name="smoothed_pairwise", label_smoothing=0.05, beta=0.1, chosen_ce=1.0
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05, final=0.05, beta2=0.98),
         train=TrainConfig(
             length=FINETUNE_STEPS * scale, batch_rows=1, log_every=100, validation_rows=24

@@ -14,7 +14,7 @@ through the tokenizer's chat template. The output has the same rows in the same 
 
   logprob      log-prob of the response given the prompt, in nats
   num_tokens   tokens of the response, its end token included
-  reward       logprob, or logprob / num_tokens with --average=mean
+  reward       logprob, or logprob / num_tokens for a model of mean log-probs (--average)
 
 with lists, chosen first, where a row has several candidates. With chosen and rejected, the share of
 pairs in which the chosen response has the higher reward is printed at the end.
@@ -43,7 +43,7 @@ import jax
 from absl import flags
 
 from gram_jax import entry
-from gram_jax.checkpoints import load_model
+from gram_jax.checkpoints import load_model, reward_average
 from gram_jax.config import ComputeConfig, MeshConfig, unknown_field
 from gram_jax.errors import UserError
 from gram_jax.mesh import AXES, make_mesh
@@ -56,7 +56,11 @@ _REWARD = flags.DEFINE_enum(
     "reward", "likelihood", ["likelihood"], "What a score is: the log-prob of the response."
 )
 _AVERAGE = flags.DEFINE_enum(
-    "average", "sum", ["sum", "mean"], "The reward is the log-prob, or the log-prob per token."
+    "average",
+    None,
+    ["sum", "mean"],
+    "The reward is the log-prob, or the log-prob per token. By default as the model was fine-tuned,"
+    " else sum.",
 )
 _ROW_LENGTH = flags.DEFINE_integer(
     "row_length",
@@ -119,7 +123,7 @@ def main(_: list[str]) -> None:
     job = ScoringJob(
         input=_INPUT.value,
         output=_OUTPUT.value,
-        average=_AVERAGE.value,
+        average=_AVERAGE.value or reward_average(_CHECKPOINT.value),
         row_length=_ROW_LENGTH.value,
         max_length=_MAX_LENGTH.value,
         too_long=_TOO_LONG.value,

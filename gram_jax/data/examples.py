@@ -4,8 +4,9 @@ Text: a document is BOS, its tokens, EOS. One longer than a row goes on in anoth
 starts from the last token of the one before, so that every token is predicted once.
 
 Preferences: rows of one prompt become one example, so that the prompt is computed once; a response
-that occurs in several pairs is there once. A prompt that is too long keeps its end. Two responses
-that do not fit beside it are cut at their ends, the longer one first, and lose their EOS with it.
+that occurs in several pairs is there once. A prompt that is too long keeps BOS and its end. Two
+responses that do not fit beside it are cut at their ends, the longer one first, and lose their EOS
+with it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def preference_examples(
         except UserError as error:  # the tokenizer or its chat template cannot do with this row
             raise DataError(str(error), file=path, line=row.line) from None
         counts.tokens += len(prompt) + len(chosen) + len(rejected)
-        prompt, chosen, rejected = _fit(prompt, chosen, rejected, config, counts)
+        prompt, chosen, rejected = _fit(
+            prompt, chosen, rejected, config, tokenizer.prefix_ids, counts
+        )
         group = grouped.setdefault(prompt.tobytes(), _Group(prompt))
         group.add(chosen, rejected, row.reference, counts)
     for key, group in enumerate(grouped.values()):
@@ -158,14 +161,24 @@ class _Group:
 
 
 def _fit(
-    prompt: IntArray, a: IntArray, b: IntArray, config: DataConfig, counts: ExampleCounts
+    prompt: IntArray,
+    a: IntArray,
+    b: IntArray,
+    config: DataConfig,
+    prefix: Sequence[int],
+    counts: ExampleCounts,
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Cuts a prompt from the left and two responses from the right so that they fit one row."""
+    """Cuts a prompt from the left and two responses from the right so that they fit one row.
+
+    The prompt keeps ``prefix`` (BOS), as it does in scoring, and at least its last token.
+    """
     longest = config.max_prompt or config.row_length // 2
     if len(prompt) > longest:
         counts.cut_prompts += 1
         counts.cut_tokens += len(prompt) - longest
-        prompt = prompt[-longest:]
+        head = len(prefix) if prompt[: len(prefix)].tolist() == list(prefix) else 0
+        head = min(head, longest - 1)
+        prompt = np.concatenate((prompt[:head], prompt[len(prompt) - (longest - head) :]))
     room = min(config.row_length - (len(prompt) - 1), config.row_targets or config.row_length)
     if len(a) + len(b) > room:
         # The shorter one keeps what it has as long as it takes no more than its half.

@@ -143,10 +143,10 @@ def test_rows_of_one_prompt_become_one_example_and_share_responses():
     assert counts.text() == ("rows 5, examples 2, tokens 30, shared responses 5, repeated pairs 1")
 
 
-def test_a_long_prompt_keeps_its_end():
+def test_a_long_prompt_keeps_bos_and_its_end():
     prompt = list(range(10, 40))
     (example,), counts = preferences([(prompt, [5], [6])], max_prompt=8)
-    assert example.prompt.tolist() == prompt[-8:]
+    assert example.prompt.tolist() == [BOS, *prompt[-7:]]
     assert (counts.cut_prompts, counts.cut_tokens, counts.cut_responses) == (1, 31 - 8, 0)
     (example,), counts = preferences([(prompt, [5], [6])])
     assert len(example.prompt) == 12  # half of a row

@@ -39,6 +39,7 @@ class ExampleCounts:
     cut_tokens: int = 0
     shared_responses: int = 0  # occurrences of a response that is already there for its prompt
     repeated_pairs: int = 0  # pairs that stand in the data more than once; all are kept
+    dropped_pairs: int = 0  # pairs whose responses became equal when they were cut
 
     def text(self) -> str:
         """One line: every count that is not zero."""
@@ -112,9 +113,22 @@ def preference_examples(
         except UserError as error:  # the tokenizer or its chat template cannot do with this row
             raise DataError(str(error), file=path, line=row.line) from None
         counts.tokens += len(prompt) + len(chosen) + len(rejected)
+        before = counts.cut_tokens
         prompt, chosen, rejected = _fit(
             prompt, chosen, rejected, config, tokenizer.prefix_ids, counts
         )
+        if row.reference is not None and counts.cut_tokens > before:
+            raise DataError(
+                f"{counts.cut_tokens - before} tokens must be cut to fit a row, but the reference"
+                " log-probs are of the whole texts; raise config.data.row_length (or max_prompt),"
+                " or leave the row out",
+                file=path,
+                line=row.line,
+                field=config.reference_field,
+            )
+        if np.array_equal(chosen, rejected):
+            counts.dropped_pairs += 1
+            continue
         group = grouped.setdefault(prompt.tobytes(), _Group(prompt))
         group.add(chosen, rejected, row.reference, counts)
     for key, group in enumerate(grouped.values()):

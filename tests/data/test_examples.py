@@ -184,9 +184,10 @@ def test_whatever_is_cut_fits_a_row_with_all_its_pairs(rows):
         format="preferences", row_length=24, row_targets=16, row_sequences=4, row_pairs=2
     )
     found, counts = preferences(rows, row_sequences=4, row_pairs=2)
-    assert sum(len(example.pairs) for example in found) == len(rows)
+    live = len(rows) - counts.dropped_pairs
+    assert sum(len(example.pairs) for example in found) == live
     packed = list(pack(found, row_shape(config)))
-    assert sum((row.batch.pair_weight != 0).sum() for row in packed) == len(rows)
+    assert sum((row.batch.pair_weight != 0).sum() for row in packed) == live
     before = sum(1 + len(p) + len(c) + len(r) + 2 for p, c, r in rows)
     assert counts.tokens == before
 
@@ -223,3 +224,15 @@ def test_a_bad_row_is_named_with_file_line_and_field(tmp_path):
     with pytest.raises(DataError) as error:
         list(read_examples([path], config, WITHOUT_BOS, ExampleCounts()))
     assert (error.value.line, error.value.field) == (2, "prompt")
+
+
+def test_pairs_that_become_equal_when_cut_are_dropped_and_counted():
+    same = list(range(10, 40))
+    found, counts = preferences([([5], [*same, 50], [*same, 51]), ([5], [6], [7])])
+    assert [len(example.pairs) for example in found] == [1]
+    assert (counts.rows, counts.dropped_pairs) == (2, 1)
+
+
+def test_reference_logprobs_of_texts_that_must_be_cut_are_refused():
+    with pytest.raises(DataError, match="tokens must be cut"):
+        preferences([([5], list(range(10, 50)), [6], (-1.0, -2.0))])

@@ -54,7 +54,7 @@ _SCALE = flags.DEFINE_float("scale", 1.0, "Length of both stages, as a multiple 
 
 VOCABULARY = 2048
 ROW_LENGTH = 256
-PRETRAIN_STEPS, FINETUNE_STEPS = 1300, 700
+PRETRAIN_STEPS, FINETUNE_STEPS = 1200, 120
 STAGES = ("initialisation", "after stage 1", "after stage 2")
 
 
@@ -105,9 +105,9 @@ def finetune_config(files: TaskFiles, init_from: Path, seed: int, scale: float) 
         objective=ObjectiveConfig(
             name="smoothed_pairwise", label_smoothing=0.05, beta=0.1, chosen_ce=1.0
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05, final=0.05, beta2=0.98),
+        optimizer=OptimizerConfig(learning_rate=4e-4, warmup=0.05, final=0.05, beta2=0.98),
         train=TrainConfig(
-            length=FINETUNE_STEPS * scale, batch_rows=1, log_every=100, validation_rows=24
+            length=FINETUNE_STEPS * scale, batch_rows=4, log_every=20, validation_rows=24
         ),
         checkpoint=CheckpointConfig(every=100_000, keep_last=1),
     )

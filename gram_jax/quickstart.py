@@ -54,7 +54,7 @@ _SCALE = flags.DEFINE_float("scale", 1.0, "Length of both stages, as a multiple 
 
 VOCABULARY = 2048
 ROW_LENGTH = 256
-PRETRAIN_STEPS, FINETUNE_STEPS = 1200, 120
+PRETRAIN_STEPS, FINETUNE_STEPS = 900, 90
 STAGES = ("initialisation", "after stage 1", "after stage 2")
 
 

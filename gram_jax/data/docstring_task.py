@@ -67,7 +67,7 @@ def write_docstring_task(folder: str | Path, *, seed: int, pairs_per_kind: int) 
     rng.shuffle(texts)
     pairs, _ = preference_pairs(train, train, seed=seed, per_docstring=len(KINDS))
     rng.shuffle(pairs)
-    # A prompt is on one side only: the last tenth of the prompts is for validation.
+    # A prompt is on one side only: a twentieth of the prompts is for validation.
     prompts = sorted({pair.prompt for pair in pairs})
     rng.shuffle(prompts)
     for_validation = set(prompts[: len(prompts) // 20])
@@ -97,8 +97,11 @@ def _evaluation_rows(
     docstrings: Sequence[Docstring], seed: int, per_kind: int
 ) -> list[dict[str, str]]:
     """Pairs of the damage kinds in equal numbers, as far as there are so many."""
-    pairs, _ = preference_pairs(docstrings, docstrings, seed=seed, per_docstring=len(KINDS))
-    random.Random(seed).shuffle(pairs)
+    rng = random.Random(seed)
+    # About half of the docstrings give a pair of a kind, and no kind needs more than per_kind.
+    asked = rng.sample(docstrings, min(len(docstrings), 8 * per_kind))
+    pairs, _ = preference_pairs(asked, docstrings, seed=seed, per_docstring=len(KINDS))
+    rng.shuffle(pairs)
     by_kind: dict[str, list[DocstringPair]] = defaultdict(list)
     for pair in pairs:
         by_kind[pair.kind].append(pair)

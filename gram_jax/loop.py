@@ -229,6 +229,9 @@ class _Stage:
         if "accuracy" in values:
             shown |= {k: values[k] for k in ("accuracy", "margin", "pairs")}
             if self.config.objective.name == "smoothed_pairwise":
+                # The floor is that of the ranking loss; chosen_ce comes on top of it.
+                if self.config.objective.chosen_ce:
+                    shown["ranking"] = values["ranking_loss"]
                 shown["floor"] = smoothing_floor(self.config.objective.label_smoothing)
         shown["tokens/s"] = rate
         if self.peak:

@@ -172,13 +172,20 @@ def _report(
         "Bars of accuracy by kind of damage at initialisation and after each stage",
     )
     report.table(tables[1], "Accuracy by kind of damage, packages trained on and never seen.")
-    report.section("Training", "Loss in nats: per token in stage 1, per pair in stage 2.")
-    for folder, title in (("pretrain", "stage 1"), ("finetune", "stage 2")):
+    report.section(
+        "Training",
+        "Loss in nats: the next-token loss per token in stage 1, the ranking loss per pair in stage"
+        " 2 (its objective adds the chosen response's cross-entropy).",
+    )
+    for folder, title, loss in (
+        ("pretrain", "stage 1", "loss"),
+        ("finetune", "stage 2", "ranking_loss"),
+    ):
         train = read_metrics(work / folder, split="train")
         held = read_metrics(work / folder, split="validation")
         series = {
-            "train": ([r["step"] for r in train], [r["loss"] for r in train]),
-            "validation": ([r["step"] for r in held], [r["loss"] for r in held]),
+            "train": ([r["step"] for r in train], [r[loss] for r in train]),
+            "validation": ([r["step"] for r in held], [r[loss] for r in held]),
         }
         floors = {"smoothing's floor": floor} if folder == "finetune" else None
         report.figure(

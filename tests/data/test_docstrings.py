@@ -127,12 +127,12 @@ def test_the_prompt_is_name_signature_and_newline():
 
 def test_a_long_docstring_is_cut_after_a_paragraph_else_a_sentence():
     paragraphs = "\n\n".join(["x" * 99 + "."] * 8)
-    assert response_of(EXAMPLE._replace(text=paragraphs)) == "\n\n".join(["x" * 99 + "."] * 4)
+    assert response_of(EXAMPLE._replace(text=paragraphs)) == "\n\n".join(["x" * 99 + "."] * 2)
     sentences = " ".join(["The " + "x" * 80 + " e.g. this."] * 9)
     cut = response_of(EXAMPLE._replace(text=sentences))
-    assert cut == " ".join(["The " + "x" * 80 + " e.g. this."] * 5)
-    headed = "A text. " * 40 + "\n\nParameters\n----------\n\n" + "y" * 400
-    assert response_of(EXAMPLE._replace(text=headed)) == ("A text. " * 40).strip()
+    assert cut == " ".join(["The " + "x" * 80 + " e.g. this."] * 3)
+    headed = "A text. " * 30 + "\n\nParameters\n----------\n\n" + "y" * 300
+    assert response_of(EXAMPLE._replace(text=headed)) == ("A text. " * 30).strip()
     assert response_of(EXAMPLE._replace(text="x" * 900)) is None
 
 

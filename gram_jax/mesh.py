@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gram_jax.config import MeshConfig, ModelConfig
+from gram_jax.config import MeshConfig, ModelConfig, unknown_field
 from gram_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -83,6 +83,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if devices is None:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
     return Mesh(np.asarray(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """``fsdp=2,tensor=4`` as a MeshConfig.
+
+    Raises:
+      UserError: an axis that does not exist, or a size that is no number.
+    """
+    config = MeshConfig()
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES:
+            raise UserError(unknown_field(f"mesh.{name}", list(AXES)))
+        try:
+            setattr(config, name, int(size))
+        except ValueError:
+            raise UserError(f"--mesh={text}: {part!r} must read {name}=NUMBER") from None
+    return config
 
 
 def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int) -> None:

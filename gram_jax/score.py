@@ -44,9 +44,8 @@ from absl import flags
 
 from gram_jax import entry
 from gram_jax.checkpoints import load_model, reward_average
-from gram_jax.config import ComputeConfig, MeshConfig, unknown_field
-from gram_jax.errors import UserError
-from gram_jax.mesh import AXES, make_mesh
+from gram_jax.config import ComputeConfig
+from gram_jax.mesh import make_mesh, parse_mesh
 from gram_jax.scoring_job import ScoringJob, run_job
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
@@ -99,24 +98,6 @@ _MESH = flags.DEFINE_string(
     "How devices share the work, as in fsdp=2,tensor=4: data (copies of the model), fsdp and tensor"
     " (parts of it). data takes what is left.",
 )
-
-
-def parse_mesh(text: str) -> MeshConfig:
-    """``fsdp=2,tensor=4`` as a MeshConfig.
-
-    Raises:
-      UserError: an axis that does not exist, or a size that is no number.
-    """
-    config = MeshConfig()
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES:
-            raise UserError(unknown_field(f"mesh.{name}", list(AXES)))
-        try:
-            setattr(config, name, int(size))
-        except ValueError:
-            raise UserError(f"--mesh={text}: {part!r} must read {name}=NUMBER") from None
-    return config
 
 
 def main(_: list[str]) -> None:

@@ -475,7 +475,7 @@ def test_killed_and_started_again_it_writes_each_row_once(tmp_path, rows, folder
 
 
 def test_a_mesh_is_read_from_the_command_line():
-    from gram_jax.score import parse_mesh
+    from gram_jax.mesh import parse_mesh
 
     assert parse_mesh("") == MeshConfig()
     assert parse_mesh("fsdp=2,tensor=4") == MeshConfig(fsdp=2, tensor=4)

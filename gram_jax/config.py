@@ -167,7 +167,9 @@ class DataConfig:
     row_targets: int = setting(0, "M, targets per row; 0 = row_length.")
     row_sequences: int = setting(32, "S, candidates per row (preferences).")
     row_pairs: int = setting(32, "P, pairs per row (preferences).")
-    max_prompt: int = setting(0, "Prompts keep their last so many tokens; 0 = half of row_length.")
+    max_prompt: int = setting(
+        0, "Longest prompt; longer ones keep BOS and their end. 0 = half a row."
+    )
     pack_window: int = setting(1024, "Examples looked at together when packing.")
     add_eos: bool = setting(True, "The end-of-sequence token belongs to a finished response.")
 

@@ -29,11 +29,15 @@ setup(
         "grain>=0.2.18",
         "ml-collections>=1.1.0",
         "absl-py",
+        "array-record>=0.8",
+        "importlib-resources",  # TFDS needs it without TensorFlow
         "jinja2",  # chat templates
         "matplotlib",  # figures of reports
         "numpy",
+        "pyarrow>=20",
         "safetensors>=0.5",
         "tensorboardX",
+        "tensorflow-datasets>=4.9.10",  # without TensorFlow
         "tokenizers>=0.21",
         "tqdm",
     ],

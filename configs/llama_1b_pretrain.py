@@ -16,8 +16,7 @@ with a warm-up of 0.1, AdamW, clipping at 1.0, bfloat16, and, from published wei
 row holds several documents. Ours: the rate of 3e-4 for random weights, beta2 = 0.95, decay 0.1.
 
 Hardware: weights, gradients and both moments take 16 bytes a parameter, 20 GB, split over all
-devices (fsdp); a part of a step is 8 rows, so 1, 2, 4 or 8 devices. Text is packed in memory, about
-60 bytes a token while it starts.
+devices (fsdp); a part of a step is 8 rows, so 1, 2, 4 or 8 devices.
 Time and result: not run here.
 """
 

@@ -1,19 +1,16 @@
-"""Stage 2 for a laptop's CPU: the model of tiny_pretrain.py on preference pairs.
+"""Stage 2 for a laptop's CPU: the model of tiny_responses.py on preference pairs.
 
-  python -m gram_jax.finetune --config=configs/tiny_finetune.py:DATA --workdir=runs/tiny_finetune \\
-      --config.init_from=runs/tiny_pretrain
+  python -m gram_jax.finetune --config=configs/tiny_finetune.py:DATA --workdir=runs/tiny_finetune
 
 DATA is a folder with preferences/train.jsonl.gz and preferences/validation.jsonl.gz (rows
-{"prompt", "chosen", "rejected"}). The model's shape and tokenizer are those of init_from.
+{"prompt", "chosen", "rejected"}). The model's shape and tokenizer are those of init_from, which
+--config.init_from=CHECKPOINT changes.
 
 Responses of very different lengths have very different sums of log-probs, so the score here is the
 mean per token; beta = 5 brings its differences, some tenths of a nat, to the scale of the loss.
 
 Hardware: CPU.
-Time: on two CPU cores that other work shared, about 600 tokens/s, so 14 seconds a step and 45
-minutes for all 200 steps; that far it was not run here.
-Result: not known. 20 steps of 2 rows on 240 pairs, from a model of 20 steps, took 1:49 and ended at
-a loss of 0.57 on 4 validation rows, which says that it runs and nothing more.
+Time and result: docs/results.md.
 """
 
 from gram_jax.config import (
@@ -29,7 +26,7 @@ from gram_jax.config import (
 def get_config(data: str = "data") -> Config:
     """The config for the data in this folder."""
     return Config(
-        init_from="runs/tiny_pretrain",
+        init_from="runs/tiny_responses",
         data=DataConfig(
             format="preferences",
             train=(f"{data}/preferences/train.jsonl.gz",),
@@ -39,7 +36,7 @@ def get_config(data: str = "data") -> Config:
         objective=ObjectiveConfig(
             name="smoothed_pairwise", label_smoothing=0.05, beta=5.0, average="mean"
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-4),
-        train=TrainConfig(length=200, batch_rows=8, validate_every=100),
-        checkpoint=CheckpointConfig(every=100),
+        optimizer=OptimizerConfig(learning_rate=5e-4),
+        train=TrainConfig(length=100, batch_rows=8, validate_every=50),
+        checkpoint=CheckpointConfig(every=50),
     )

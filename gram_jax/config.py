@@ -153,25 +153,53 @@ class MeshConfig:
 class DataConfig:
     """Where examples come from and the shape of the rows they are packed into."""
 
-    train: tuple[str, ...] = setting((), "JSONL files (.gz allowed) to train on.")
-    validation: tuple[str, ...] = setting((), "JSONL files for the validation loss.", resume=FREE)
+    train: tuple[str, ...] = setting(
+        (),
+        "Sources to train on: JSONL (.gz, .zst), Parquet or ArrayRecord files, folders of them,"
+        " Hugging Face datasets folders, TFDS folders, builtin:docstrings; FOLDER:SPLIT where there"
+        " are splits. Files joined by commas are one source.",
+        # They may move; that a resumed run has the rows it began with is checked by content.
+        resume=FREE,
+    )
+    weights: tuple[float, ...] = setting(
+        (), "Share of each source's rows in training; () = each row once an epoch."
+    )
+    validation: tuple[str, ...] = setting((), "Sources for the validation loss.", resume=FREE)
     format: str = setting(
-        "text",
-        "Columns of the files: text, or preferences (prompt, chosen, rejected).",
-        choices=("text", "preferences"),
+        "auto",
+        "Columns of the sources: text; responses (prompt, response or responses); preferences"
+        " (prompt, chosen, rejected); auto = as each source's first row says.",
+        choices=("auto", "text", "responses", "preferences"),
     )
     reference_field: str = setting(
         "", "Column with [chosen, rejected] log-probs under a reference model, as `score` writes."
     )
     row_length: int = setting(1024, "T, tokens per row.")
     row_targets: int = setting(0, "M, targets per row; 0 = row_length.")
-    row_sequences: int = setting(32, "S, candidates per row (preferences).")
-    row_pairs: int = setting(32, "P, pairs per row (preferences).")
+    row_sequences: int = setting(
+        0, "S, candidates per row (preferences); 0 = row_length / 16, at least 32."
+    )
+    row_pairs: int = setting(0, "P, pairs per row (preferences); 0 = row_length / 16, at least 32.")
     max_prompt: int = setting(
         0, "Longest prompt; longer ones keep BOS and their end. 0 = half a row."
     )
-    pack_window: int = setting(1024, "Examples looked at together when packing.")
+    too_long: str = setting(
+        "truncate",
+        "Responses that do not fit a row beside their prompt: cut at their ends, or the row is left"
+        " out.",
+        choices=("truncate", "drop"),
+    )
     add_eos: bool = setting(True, "The end-of-sequence token belongs to a finished response.")
+    on_bad_row: str = setting(
+        "stop",
+        "A row that cannot be used: stop and name it, or name it in quarantine.jsonl beside the"
+        " prepared rows and go on.",
+        choices=("stop", "quarantine"),
+    )
+    prepared: str = setting(
+        "", "Folder of the prepared rows, as `prepare` writes it; '' = WORKDIR/data.", resume=FREE
+    )
+    workers: int = setting(0, "Processes that prepare rows; 0 = all cores.", resume=FREE)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -244,6 +272,13 @@ class CheckpointConfig:
         0, "Checkpoints whose step divides by this are kept for ever; 0 = none.", resume=FREE
     )
     keep_best: bool = setting(True, "The one with the lowest validation loss is kept.", resume=FREE)
+    on_error: str = setting(
+        "stop",
+        "Where a checkpoint or the metrics cannot be written (a full disk): stop, or continue with"
+        " a warning; that the last checkpoint is not saved is an error in any case.",
+        resume=FREE,
+        choices=("stop", "continue"),
+    )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -391,7 +426,15 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
     DataConfig: (
         (lambda c: c.row_length > 1, "row_length must be at least 2"),
         (lambda c: 0 <= c.row_targets <= c.row_length, "row_targets must be in [0, row_length]"),
-        (lambda c: c.row_sequences >= 2 and c.row_pairs >= 1, "a row needs room for one pair"),
+        (
+            lambda c: (c.row_sequences == 0 or c.row_sequences >= 2) and c.row_pairs >= 0,
+            "a row needs room for one pair",
+        ),
+        (
+            lambda c: not c.weights or (len(c.weights) == len(c.train) and min(c.weights) > 0),
+            "weights needs one positive number per source in train, or none",
+        ),
+        (lambda c: c.workers >= 0, "workers is a number of processes, or 0"),
         (lambda c: 0 <= c.max_prompt < c.row_length, "max_prompt must be below row_length"),
     ),
     ObjectiveConfig: (
@@ -413,14 +456,22 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
         ),
         (lambda c: c.last_blocks >= 0 and c.log_every > 0, "last_blocks >= 0 and log_every > 0"),
     ),
+    CheckpointConfig: (
+        (lambda c: c.every > 0 and c.keep_last > 0, "every and keep_last must be positive"),
+        (lambda c: c.keep_every >= 0, "keep_every is a number of steps, or 0"),
+    ),
     Config: (
         (
             lambda c: c.train.last_blocks <= c.model.num_layers or c.init_from,
             "train.last_blocks is more than model.num_layers",
         ),
         (
-            lambda c: (c.objective.name == "next_token") == (c.data.format == "text"),
-            "objective.name=next_token goes with data.format=text, the others with preferences",
+            lambda c: (
+                c.data.format == "auto"
+                or (c.objective.name == "next_token") == (c.data.format != "preferences")
+            ),
+            "objective.name=next_token goes with data.format=text or responses, the others with"
+            " preferences",
         ),
         (
             lambda c: not c.data.reference_field or c.objective.name == "smoothed_pairwise",

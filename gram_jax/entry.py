@@ -15,28 +15,65 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from gram_jax import distributed
 from gram_jax.config import check_overrides
 from gram_jax.errors import UserError
 from gram_jax.loop import StageResult
 from gram_jax.reporting import duration
+from gram_jax.signals import Preempted
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, runs ``main(argv)`` and exits.
+def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None:
+    """Joins the other processes if there are any, parses the flags, runs ``main(argv)`` and exits.
 
-    Status 0: done. 2: a `UserError`, whose message is printed without a traceback. 130: interrupted
-    with Ctrl-C. Anything else that escapes is a defect, and keeps its traceback (1).
+    Status 0: done. 2: a `UserError`, whose message is printed without a traceback. 75: main said
+    so, having saved what it needs to go on. 130: interrupted with Ctrl-C. Anything else that
+    escapes is a defect, and keeps its traceback (1).
+
+    Args:
+      main: is run by every process.
+      one_process: several would do the same work, and write the same files.
     """
     if "--help" in sys.argv[1:]:
         app.define_help_flags()
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     try:
-        _check_config_file(sys.argv[1:])
-        check_overrides(sys.argv[1:])
+        status = _run(main, one_process)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    app.run(lambda argv: _guarded(main, argv))
+        distributed.fail(2, f"error: {error}")
+    except Preempted as stopped:
+        distributed.fail(distributed.SAVED, str(stopped))
+    except KeyboardInterrupt:
+        distributed.fail(130, "interrupted")
+    except Exception:
+        if distributed.process_count() == 1:
+            raise
+        distributed.crash()
+    if status not in (None, 0, distributed.SAVED):
+        distributed.fail(status if isinstance(status, int) else 1, f"exit status {status}")
+    distributed.finish()
+    sys.exit(status)
+
+
+def _run(main: Callable[[list[str]], None], one_process: bool) -> int | str | None:
+    """Returns what main or absl gave to sys.exit."""
+    distributed.start()
+    if one_process and distributed.process_count() > 1:
+        raise UserError("this command is one process; start it without launch/local.sh")
+    _check_config_file(sys.argv[1:])
+    check_overrides(sys.argv[1:])
+    try:
+        app.run(lambda argv: _main(main, argv), flags_parser=_parse_flags)
+    except SystemExit as exit:
+        return exit.code
+    return None
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return list(flags.FLAGS(arguments))
+    except flags.Error as error:
+        raise UserError(f"{error}; --help lists the flags") from None
 
 
 def _check_config_file(arguments: list[str]) -> None:
@@ -61,22 +98,15 @@ def _check_config_file(arguments: list[str]) -> None:
     raise UserError("--config is missing; name a file, as in --config=configs/NAME.py:ARGUMENT")
 
 
-def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    try:
-        # Orbax and others write dozens of INFO lines a checkpoint through absl.
-        absl_logging.set_verbosity(absl_logging.WARNING)
-        if len(argv) > 1:
-            raise UserError(f"{argv[1]!r} is not a flag; flags are --name=value")
-        # At level INFO it names each kind of device that is not here, which reads like a fault.
-        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-        enable_compilation_cache()
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+def _main(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    # Orbax and others write dozens of INFO lines a checkpoint through absl.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; flags are --name=value")
+    # At level INFO it names each kind of device that is not here, which reads like a fault.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    enable_compilation_cache()
+    main(argv)
 
 
 def enable_compilation_cache() -> None:
@@ -100,6 +130,8 @@ def define_config() -> Any:
 
 def print_result(result: StageResult, workdir: str) -> None:
     """The last line of a stage."""
+    if not distributed.is_main():
+        return
     final = result.validation or result.metrics
     if not final:  # resumed after its last step
         print(f"complete already: {result.steps} steps; checkpoint {workdir}")

@@ -6,7 +6,9 @@ Anything else that escapes is a defect of this code and keeps its traceback.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -35,3 +37,9 @@ class DataError(UserError):
         place = self.file if line is None else f"{self.file}:{line}"
         named = "" if field is None else f"field {field!r}: "
         super().__init__(f"{place}: {named}{reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from their one message; this one comes back from worker processes.
+        return functools.partial(DataError, file=self.file, line=self.line, field=self.field), (
+            self.reason,
+        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from absl import flags
 
 from gram_jax import entry
+from gram_jax.distributed import is_main
 from gram_jax.model_card import export_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to export.", required=True)
@@ -21,7 +22,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist."
 
 def main(_: list[str]) -> None:
     folder = export_checkpoint(_CHECKPOINT.value, _OUTPUT.value)
-    print(f"written to {folder}")
+    if is_main():
+        print(f"written to {folder}")
 
 
 if __name__ == "__main__":

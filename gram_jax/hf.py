@@ -2,12 +2,14 @@
 
 In: float32 weights stream from the files straight into their shards; each device's share is read
 on its own, so a host never holds more than one weight's share and one tensor beside it. Out: one
-tensor at a time, in the dtype that it came in, so that import and export give the same bytes.
+tensor at a time, in the dtype that it came in, so that import and export give the same bytes. With
+several processes each reads the shares of its own devices; process 0 gathers and writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,11 +23,12 @@ from typing import Any, cast
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from gram_jax.config import ComputeConfig, ModelConfig
 from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.distributed import barrier, is_main, main_first
 from gram_jax.errors import UserError
 from gram_jax.mesh import check_divides
 from gram_jax.models.decoder import (
@@ -151,7 +154,7 @@ def export(
     """Writes a folder that transformers 4 and 5 load, whole or not at all.
 
     Args:
-      model: its arrays may be sharded, over devices of this process.
+      model: its arrays may be sharded, over the devices of all processes.
       folder: must not exist, or be empty.
       tokenizer: its ids must be rows of the model's embedding.
       info: of the folder that the model came from; None = a model of our own, in float32.
@@ -164,8 +167,7 @@ def export(
         model, or a weight is not finite in its dtype.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; export to a new one")
+    main_first(lambda: _check_unused(folder))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}; the model's vocabulary ends"
@@ -173,6 +175,10 @@ def export(
         )
     info = info if info is not None else HfInfo(config={})
     values, generation = _export_configs(model.config, info, tokenizer)
+    if not is_main():
+        _write_weights(model, folder, info, max_shard_bytes)  # takes part; process 0 writes
+        barrier("exported")
+        return
     # Written beside and renamed at the end: a folder of this name is always a whole one.
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -188,6 +194,12 @@ def export(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    barrier("exported")
+
+
+def _check_unused(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty folder; export to a new one")
 
 
 class _Tensors:
@@ -375,6 +387,8 @@ def _write_weights(model: Decoder, folder: Path, info: HfInfo, max_shard_bytes: 
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_safetensors(folder / file, shard)
         weight_map.update(dict.fromkeys((entry.name for entry in shard), file))
+    if not is_main():
+        return
     metadata = {
         "total_parameters": sum(math.prod(entry.shape) for entry in entries),
         "total_size": sum(entry.num_bytes for entry in entries),
@@ -419,9 +433,8 @@ def _cast(name: str, tensor: np.ndarray, code: str) -> np.ndarray:
 def _on_host(array: jax.Array, layer: int | None) -> np.ndarray:
     """An array, or one layer of a stacked one, put together on the host from its shards."""
     if not array.is_fully_addressable:
-        raise UserError(
-            "the weights are spread over several processes; export from a checkpoint, on one host"
-        )
+        everywhere = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
+        return np.asarray(_gather(array, layer, everywhere).addressable_data(0))
     if layer is None:
         return np.asarray(array)
     whole = np.empty(array.shape[1:], array.dtype)
@@ -431,6 +444,14 @@ def _on_host(array: jax.Array, layer: int | None) -> np.ndarray:
     return whole
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def _gather(array: jax.Array, layer: int | None, everywhere: NamedSharding) -> jax.Array:
+    """An array, or one layer of it, whole on every device."""
+    if layer is not None:
+        array = jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    return jax.reshard(array, everywhere)
+
+
 def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
     """The safetensors format: length of the header, header, data. One tensor in memory at a time.
 
@@ -438,6 +459,10 @@ def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
     """
     # Widest dtypes first, as the library does, so that every tensor is aligned to its dtype.
     entries = sorted(entries, key=lambda entry: -_DTYPES[entry.code][1].itemsize)
+    if not is_main():
+        for entry in entries:
+            entry.read()
+        return
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:

@@ -16,17 +16,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gram_jax.checkpoints import CheckpointStore, RunInfo, load_model, versions
+from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
 from gram_jax.config import FIXED, Config, differences, validate
-from gram_jax.data.examples import ExampleCounts, read_examples, row_shape
-from gram_jax.data.loader import PackedRows, RowOrder, device_batch
+from gram_jax.data.loader import device_batch
+from gram_jax.data.stage import data_folder, num_steps, stage_data
 from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
 from gram_jax.mesh import check_divides, make_mesh
 from gram_jax.models.decoder import Decoder, abstract_decoder, init_decoder
 from gram_jax.objectives import Metrics, smoothing_floor
-from gram_jax.reporting import MetricsLog, Progress
-from gram_jax.rows import PackCounts, pack
+from gram_jax.reporting import MetricsLog, NullLog, Progress
+from gram_jax.saving import CheckpointStore, NotFinite
+from gram_jax.signals import Preempted, StopRequest
 from gram_jax.training import (
     COUNTS,
     TrainState,
@@ -38,10 +40,7 @@ from gram_jax.training import (
     peak_flops,
     split_model,
 )
-
-
-class NotFinite(UserError):
-    """A loss or a gradient norm is NaN or infinite; the state that has it is never saved."""
+from gram_jax.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,109 +53,92 @@ class StageResult:
     seconds: float
 
 
-@dataclasses.dataclass
-class _Data:
-    """Packed rows of a stage and what the files became."""
-
-    rows: PackedRows
-    packed: PackCounts
-    read: ExampleCounts
-
-
-def _prepare(config: Config, files: tuple[str, ...], tokenizer: Tokenizer) -> _Data:
-    """Reads, tokenises and packs files in memory.
-
-    Raises:
-      UserError: there is nothing to train on; DataError for a bad row.
-    """
-    paths = [path for entry in files for path in entry.split(",")]
-    if not paths:
-        raise UserError("config.data.train is empty; name JSONL files: --config.data.train=F.jsonl")
-    shape, read, packed = row_shape(config.data), ExampleCounts(), PackCounts()
-    examples = read_examples(paths, config.data, tokenizer, read)
-    rows = list(pack(examples, shape, window=config.data.pack_window, counts=packed))
-    if not rows:
-        raise UserError(f"{', '.join(paths)}: no rows to train on")
-    return _Data(PackedRows(rows, shape), packed, read)
-
-
-def num_steps(config: Config, packed: PackCounts) -> int:
-    """Optimiser steps of the stage; tokens and pairs are counted as the rows hold them."""
-    train = config.train
-    per_row = {
-        "epochs": 1 / packed.rows,
-        "tokens": packed.tokens / packed.rows,
-        "pairs": packed.pairs / packed.rows,
-    }
-    if train.length_unit == "steps":
-        return max(round(train.length), 1)
-    if not per_row[train.length_unit]:
-        raise UserError(f"config.train.length_unit={train.length_unit!r}: the data has none")
-    return max(math.ceil(train.length / (per_row[train.length_unit] * train.batch_rows)), 1)
-
-
 def run_stage(config: Config, workdir: str | Path, *, quiet: bool = False) -> StageResult:
     """Trains to the end, from the newest checkpoint in ``workdir`` if there is one.
 
     Raises:
-      UserError: the config, the data or the checkpoint cannot be used, or training diverged.
+      UserError: the config, the data or a checkpoint cannot be used, training diverged, or its end
+        could not be saved.
+      Preempted: SIGTERM came; before the loop, or after a step whose checkpoint is saved.
     """
     validate(config)
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), CheckpointStore(workdir, config.checkpoint) as store:
-        return _Stage(config, Path(workdir), mesh, store, quiet).run()
+    with StopRequest() as stop:
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh), CheckpointStore(workdir, config.checkpoint) as store:
+            return _Stage(config, Path(workdir), mesh, store, stop, quiet).run()
 
 
 class _Stage:
     """One run's parts, built in order; :meth:`run` is the loop."""
 
     def __init__(
-        self, config: Config, workdir: Path, mesh: Mesh, store: CheckpointStore, quiet: bool
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Mesh,
+        store: CheckpointStore,
+        stop: StopRequest,
+        quiet: bool,
     ):
-        self.mesh, self.store, self.workdir = mesh, store, workdir
-        latest = store.latest()
-        if latest is None:
-            model, self.config, self.tokenizer, self.hf_info = _start(config, mesh)
+        self.mesh, self.store, self.stop, self.workdir = mesh, store, stop, workdir
+        self.progress_enabled = None if is_main() and not quiet else False
+        self.changes: list[str] = []
+        newest = store.newest()
+        if newest is None:
+            self.config, self.tokenizer = config, stage_tokenizer(config)
+            begun: list[str] = []
         else:
-            info = store.info(latest)
-            self.config = _resumed(config, info.config)
-            self.tokenizer, self.hf_info = store.tokenizer(latest), info.hf_info
+            _, info, self.tokenizer = newest
+            self.config, self.changes = _resumed(config, info.config)
+            begun = info.data.get("train", [])
+        # Before the weights, as this may take long. What a run has begun with is never replaced.
+        self.data = stage_data(
+            self.config,
+            self.tokenizer,
+            data_folder(config, workdir),
+            replace=newest is None and not config.data.prepared,
+            quiet=quiet,
+        )
+        if newest is None:
+            model, self.config, self.hf_info = _start(self.config, self.tokenizer, mesh)
+        else:
+            self.data.check_begun_with(begun)
+            self.hf_info = info.hf_info
             model = abstract_decoder(self.config.model, self.config.compute, mesh)
         c = self.config
-        self.progress_enabled = False if quiet else None
         check_divides(mesh, c.model, c.train.batch_rows // c.train.accumulate)
-        self.data = _prepare(c, c.data.train, self.tokenizer)
-        self.validation = (
-            _prepare(c, c.data.validation, self.tokenizer) if c.data.validation else None
-        )
-        self.order = RowOrder(len(self.data.rows), c.seed)
-        self.steps = num_steps(c, self.data.packed)
+        self.steps = num_steps(c.train, self.data.per_row(c.data.weights))
         self.tx = make_optimizer(c.optimizer, self.steps)
         graph, trainable, frozen = split_model(model, c.train.last_blocks)
-        if latest is None:
-            self.state = init_state(self.tx, trainable, frozen)
+        if newest is None:
+            self.start, self.state = 0, init_state(self.tx, trainable, frozen)
         else:
             step = jax.ShapeDtypeStruct((), np.int32)
             opt_state = jax.eval_shape(self.tx.init, trainable)
             step, opt_state = jax.tree.map(lambda x: _on_devices(x, mesh), (step, opt_state))
             wanted = TrainState(step, trainable, frozen, opt_state)
-            self.state = store.restore(latest, wanted)
-        self.train_step = make_train_step(graph, self.tx, c.objective, c.data.row_sequences)
-        self.eval_step = make_eval_step(graph, c.objective, c.data.row_sequences)
-        self.start = latest or 0
+            self.start, self.state = store.restore(wanted)
+        self.train_step = make_train_step(graph, self.tx, c.objective, self.data.sequences)
+        self.eval_step = make_eval_step(graph, c.objective, self.data.sequences)
         self.last: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
         self.flops_per_token = 3 * c.model.flops_per_token(
-            round(self.data.rows.context()), targets_per_token=self.data.rows.targets_per_token()
+            round(self.data.train.context()),
+            targets_per_token=self.data.train.targets_per_token(c.data.weights),
         )
 
     def run(self) -> StageResult:
         c, began = self.config, time.perf_counter()
         every, validate_every = c.checkpoint.every, c.train.validate_every
+        log: MetricsLog | NullLog = NullLog()
+        if is_main():
+            log = MetricsLog(
+                self.workdir, resume_step=self.start or -1, on_error=c.checkpoint.on_error
+            )
         with (
-            MetricsLog(self.workdir, resume_step=self.start or -1) as self.log,
+            log as self.log,
             Progress(
                 self.steps,
                 initial=self.start,
@@ -167,18 +149,20 @@ class _Stage:
         ):
             self._announce()
             self.clock = time.perf_counter()
+            self.stop.wait_for_steps()
             pending: tuple[int, np.ndarray, Metrics] | None = None
             for step in range(self.start + 1, self.steps + 1):
                 position = (step - 1) * c.train.batch_rows
-                numbers = self.order.numbers(position, c.train.batch_rows)
-                batch = device_batch(self.data.rows, numbers, c.train.accumulate, self.mesh)
+                numbers = self.data.order.numbers(position, c.train.batch_rows)
+                batch = device_batch(self.data.train, numbers, c.train.accumulate, self.mesh)
                 self.state, metrics = self.train_step(self.state, batch)
                 if pending:
                     self._report(*pending)
                 pending = (step, numbers, metrics)
                 last = step == self.steps
+                stop = self.stop.at_step(self.mesh) and not last
                 validate_now = last or (validate_every and step % validate_every == 0)
-                save_now = last or step % every == 0
+                save_now = last or stop or step % every == 0
                 if validate_now or save_now:
                     # Nothing is saved before this step's own numbers are known to be finite.
                     self._report(*pending)
@@ -186,25 +170,26 @@ class _Stage:
                     validated = bool(validate_now and self._validate(step))
                     if save_now:
                         self._save(step, validated)
+                    if stop:
+                        self._stop(step)
                     self.clock = time.perf_counter()
+                self.store.poll()
+            self.store.finish()
         return StageResult(self.steps, self.last, self.last_validation, time.perf_counter() - began)
 
     def _announce(self) -> None:
         """What is about to run, in a few lines."""
-        packed, read = self.data.packed, self.data.read
         write = self.progress.write
         write(
             f"model {self.config.model.family}, {self.config.model.num_parameters():,} parameters,"
             f" mesh {dict(self.mesh.shape)}"
         )
-        write(f"data  {read.text()}")
-        write(
-            f"rows  {packed.rows:,} of {self.config.data.row_length} tokens,"
-            f" padding {packed.padding:.1%}, spilled {packed.spilled:,},"
-            f" repeated tokens {packed.repeated_tokens:,}, pairs {packed.pairs:,}"
-        )
+        for line in self.data.text():
+            write(line)
         if self.start:
             write(f"resuming after step {self.start} of {self.steps}")
+        for change in self.changes:
+            write(f"changed: {change}")
 
     def _report(self, step: int, numbers: np.ndarray, metrics: Metrics) -> None:
         """Waits for a step's numbers, checks and logs them.
@@ -220,8 +205,8 @@ class _Stage:
             raise NotFinite(
                 f"step {step}: {', '.join(f'{k} is {values[k]}' for k in bad)}; rows"
                 f" {numbers.tolist()} of the packed data. Nothing was saved since step"
-                f" {self.store.latest() or 0}. A lower learning rate or stronger clipping may help;"
-                " the same command goes on from the last checkpoint"
+                f" {self.store.last_saved() or 0}. A lower learning rate or stronger clipping may"
+                " help; the same command goes on from the last checkpoint"
             )
         self.last = values
         rate = values["tokens"] / seconds
@@ -241,9 +226,9 @@ class _Stage:
 
     def _validate(self, step: int) -> bool:
         """Mean metrics over the first validation rows; False where there are none."""
-        if self.validation is None:
+        if self.data.validation is None:
             return False
-        c, rows = self.config, self.validation.rows
+        c, rows = self.config, self.data.validation
         count = min(len(rows), c.train.validation_rows)
         sums: Any = None
         for begin in range(0, count, c.train.batch_rows):
@@ -269,8 +254,24 @@ class _Stage:
             metrics=metrics,
             hf_info=self.hf_info,
             versions=versions(),
+            validated=validated,
+            data={"train": self.data.identity()},
         )
-        self.store.save(step, self.state, info, self.tokenizer, validated)
+        # The steps up to here are not repeated, so what is known of them must not be lost.
+        self.log.sync()
+        self.store.save(step, self.state, info, self.tokenizer)
+
+    def _stop(self, step: int) -> None:
+        """Ends a run that was asked to stop, once its checkpoint is on the disk.
+
+        Raises:
+          Preempted: always.
+        """
+        saved = self.store.last_saved() or 0
+        raise Preempted(
+            f"stopped by SIGTERM after step {step} of {self.steps}; the same command goes on after"
+            f" step {saved}"
+        )
 
 
 def _on_devices(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -282,31 +283,47 @@ def _on_devices(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
 
-def _start(config: Config, mesh: Mesh) -> tuple[Decoder, Config, Tokenizer, dict[str, Any] | None]:
-    """The model a new run starts from, and the config with that model's own shape."""
+def stage_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of a new run.
+
+    Raises:
+      UserError: the config names none, or it cannot be used.
+    """
+    if config.tokenizer:
+        return Tokenizer.load(config.tokenizer)
     if config.init_from:
-        loaded = load_model(config.init_from, config.compute, mesh)
-        tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else loaded.tokenizer
-        config = dataclasses.replace(config, model=loaded.model.config)
-        model, hf_info = loaded.model, loaded.hf_info
-    elif config.tokenizer:
-        tokenizer, hf_info = Tokenizer.load(config.tokenizer), None
-        model = init_decoder(config.model, config.compute, config.seed, mesh)
-    else:
-        raise UserError(
-            "set config.tokenizer (a folder with tokenizer.json), or config.init_from (a checkpoint"
-            " or a Hugging Face folder, which brings its own)"
-        )
+        return load_tokenizer(config.init_from)
+    raise UserError(
+        "set config.tokenizer (a folder with tokenizer.json), or config.init_from (a checkpoint"
+        " or a Hugging Face folder, which brings its own)"
+    )
+
+
+def _start(
+    config: Config, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Decoder, Config, dict[str, Any] | None]:
+    """The model a new run starts from, and the config with that model's own shape."""
+    if not config.init_from:
+        _check_vocabulary(tokenizer, config)
+        return init_decoder(config.model, config.compute, config.seed, mesh), config, None
+    loaded = load_model(config.init_from, config.compute, mesh)
+    config = dataclasses.replace(config, model=loaded.model.config)
+    _check_vocabulary(tokenizer, config)
+    return loaded.model, config, loaded.hf_info
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, but config.model.vocab_size is"
             f" {config.model.vocab_size}; make it at least as large, or choose another tokenizer"
         )
-    return model, config, tokenizer, hf_info
 
 
-def _resumed(config: Config, old: Config) -> Config:
-    """The config to go on with; settings that give the state its meaning must not have changed.
+def _resumed(config: Config, old: Config) -> tuple[Config, list[str]]:
+    """The config to go on with, and how it differs from that of the checkpoint, a line a setting.
+
+    Settings that give the state its meaning must not have changed.
 
     Raises:
       UserError: lists each such change.
@@ -314,10 +331,11 @@ def _resumed(config: Config, old: Config) -> Config:
     # The shape was taken from init_from when the run began, and is the checkpoint's ever since.
     config = dataclasses.replace(config, model=old.model)
     changed = differences(old, config)
-    refused = [f"  {path}: {a!r} -> {b!r}" for path, a, b, policy in changed if policy == FIXED]
+    lines = {f"{path}: {a!r} -> {b!r}": policy for path, a, b, policy in changed}
+    refused = [f"  {line}" for line, policy in lines.items() if policy == FIXED]
     if refused:
         raise UserError(
             "a resumed run cannot change these settings; put them back or choose another workdir:\n"
             + "\n".join(refused)
         )
-    return config
+    return config, list(lines)

@@ -10,9 +10,10 @@ model works on one device with no ceremony.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -20,11 +21,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gram_jax.config import MeshConfig, ModelConfig, unknown_field
+from gram_jax.distributed import barrier, process_count
 from gram_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The axes that rows are split over."""
+
+_Tree = TypeVar("_Tree")
 
 _WEIGHT_AXES = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
 _ACTIVATION_AXES = {"B": ROWS, "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
@@ -81,8 +85,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f" there are {len(found)}"
         )
     if devices is None:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+        if process_count() > 1 and found[0].platform == "cpu":
+            _connect(mesh)
+        return mesh
     return Mesh(np.asarray(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def _connect(mesh: Mesh) -> None:
+    """Makes the devices along each axis, and along several, compute together once.
+
+    On CPU the first collective of a group of devices fails if a process is half a minute late.
+    Later ones wait, and processes may well compile for longer than that.
+    """
+    split = [axis for axis in AXES if mesh.shape[axis] > 1]
+    groups = [g for n in range(1, len(split) + 1) for g in itertools.combinations(split, n)]
+
+    def meet(x: jax.Array) -> jax.Array:
+        return sum((jax.lax.psum(x, group) for group in groups), x)
+
+    meet_all = jax.shard_map(meet, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    barrier("mesh")
+    jax.block_until_ready(jax.jit(meet_all)(np.zeros((), np.float32)))
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -124,3 +148,19 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int) -> None:
 
 def named(mesh: Mesh, spec: P) -> NamedSharding:
     return NamedSharding(mesh, spec)
+
+
+def put(batch: _Tree, mesh: Mesh) -> _Tree:
+    """Numpy arrays [B, ...] on the mesh; every process has all of them, and places its own rows."""
+    rows = named(mesh, activation_spec("B"))
+    return cast(
+        _Tree,
+        jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch
+        ),
+    )
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """The same array on every device, so that every process can read all of it."""
+    return array if _no_mesh() else jax.reshard(array, P())

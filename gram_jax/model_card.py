@@ -7,7 +7,9 @@ from typing import Any
 
 from gram_jax import __version__, hf
 from gram_jax.checkpoints import LoadedModel, load_model
-from gram_jax.config import ComputeConfig, to_dict
+from gram_jax.config import ComputeConfig, MeshConfig, to_dict
+from gram_jax.distributed import process_count
+from gram_jax.mesh import make_mesh
 
 
 def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
@@ -16,7 +18,9 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path) -> Path:
     Raises:
       UserError: the checkpoint cannot be used, or the output folder exists.
     """
-    loaded = load_model(checkpoint, ComputeConfig())
+    # Several processes hold a model together, each a part.
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1)) if process_count() > 1 else None
+    loaded = load_model(checkpoint, ComputeConfig(), mesh)
     info = hf.HfInfo.from_json(loaded.hf_info) if loaded.hf_info else None
     hf.export(
         loaded.model,

@@ -1,11 +1,12 @@
 """What a run says while it runs: metrics.jsonl and TensorBoard for machines, one bar and log lines
 for people.
 
-A run that resumes continues the same files, so a metrics log first cuts what was written after the
-checkpoint it
-resumes from: those steps will happen again. The HTML report of a finished run is in `report.py`.
+metrics.jsonl is the truth, TensorBoard's event files follow it. A run that resumes continues the
+same files: a metrics log first cuts what was written after the checkpoint that the run resumes
+from, as those steps will happen again, and writes the event files anew from the lines that are
+left. The HTML report of a finished run is in `report.py`.
 
-With several processes only the first writes; the others make no `MetricsLog` and a `Progress` with
+With several processes only the first writes; the others have a `NullLog` and a `Progress` with
 enabled=False.
 """
 
@@ -16,82 +17,124 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from gram_jax.appending import AppendFile
+from gram_jax.errors import UserError
+from gram_jax.events import scalars_event, write_folder
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+
+# What each line has beside its numbers.
+_RESERVED = ("step", "split", "time")
 
 # Fields that are shares of one and that people read in per cent, by the last word of their name.
 PERCENT_FIELDS = frozenset({"accuracy", "mfu", "padding"})
 
 
+def warn(line: str) -> None:
+    """A line on standard error about something that went wrong and did not stop the run."""
+    tqdm.write(f"warning: {line}", file=sys.stderr)
+
+
 class MetricsLog:
     """Numbers by step, appended to workdir/metrics.jsonl and to TensorBoard in workdir/tensorboard.
 
-    A line is {"step": 120, "split": "train", "loss": 2.3412, ...}. JSON has no NaN and no infinity:
-    those are written as the strings "nan", "inf" and "-inf", so that every line parses everywhere.
+    A line is {"step": 120, "split": "train", "time": 1760000000.5, "loss": 2.3412, ...}, its time
+    in seconds since 1970. JSON has no NaN and no infinity: those are written as the strings "nan",
+    "inf" and "-inf", so that every line parses everywhere. Steps never fall from line to line.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], *, resume_step: int, tensorboard: bool = True
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int,
+        tensorboard: bool = True,
+        on_error: str = "stop",
     ) -> None:
         """Opens the log after cutting what lies beyond resume_step.
 
         Args:
           workdir: made if it is missing.
-          resume_step: the step of the checkpoint the run goes on from; lines of later steps are cut
-            and hidden in TensorBoard. -1 starts over, also with what was written at step 0.
+          resume_step: the step of the checkpoint the run goes on from; lines and events of later
+            steps are cut. -1 starts over, also with what was written at step 0.
           tensorboard: whether to write event files beside metrics.jsonl.
+          on_error: what happens where a file cannot be written, as the disk is full: "stop" is a
+            UserError; "continue" warns once and keeps lines in memory until there is room.
 
         Raises:
-          ValueError: a line of an existing metrics.jsonl, other than a torn last one, is no line of
-          this log.
+          UserError: a line of an existing metrics.jsonl, other than a torn last one, is no line of
+            this log; or a file cannot be written, and on_error is "stop".
         """
+        self._on_error, self._warned = on_error, False
         folder = Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
-        if self.path.exists():
-            _cut_back(self.path, resume_step)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
-        self._events: Any = None
-        if tensorboard:
-            # Imported here: it takes seconds, which a run without it need not spend.
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
-                str(folder / TENSORBOARD_FOLDER),
-                purge_step=resume_step + 1,
-                # File names count in seconds: a run resumed within one would overwrite its events.
-                filename_suffix=f".{resume_step}.{os.getpid()}",
-            )
+        self._unwritten = b""
+        self._file: AppendFile | None = None
+        self._events: AppendFile | None = None
+        # Whether the event files must be written anew, as some numbers are not in them.
+        self._events_behind = tensorboard
+        self._resume_step = resume_step
+        self._attempt(self._open)
+        self._catch_up()
 
     def write(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
-        """Appends one line and flushes it; in TensorBoard the tags are split/name."""
-        clash = {"step", "split"} & metrics.keys()
+        """Appends one line; in TensorBoard the tags are split/name.
+
+        Raises:
+          ValueError: a metric is called as a field that each line has.
+          UserError: the line cannot be written, and on_error is "stop".
+        """
+        clash = [name for name in _RESERVED if name in metrics]
         if clash:
-            raise ValueError(f"a metric cannot be called {min(clash)!r}: each line has that field")
+            raise ValueError(f"a metric cannot be called {clash[0]!r}: each line has that field")
         values = {name: float(value) for name, value in metrics.items()}
-        line = {"step": int(step), "split": split}
+        now = time.time()
+        line: dict[str, Any] = {"step": int(step), "split": split, "time": round(now, 3)}
         line |= {
             name: value if math.isfinite(value) else str(value) for name, value in values.items()
         }
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{split}/{name}", value, int(step))
+        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._attempt(self._flush)
+        events = self._events
+        if events is not None and not self._events_behind:
+            record = scalars_event(int(step), split, values, line["time"])
+            self._events_behind = not self._attempt(lambda: events.append(record))
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk: before a checkpoint, whose steps are not repeated.
+
+        Raises:
+          UserError: they cannot be written, and on_error is "stop".
+        """
+        self._attempt(self._flush)
+        if self._file is not None:
+            self._attempt(self._file.sync)
+        self._catch_up()
 
     def close(self) -> None:
-        """Closes both files; a second call does nothing."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        """Closes both files; a second call does nothing.
+
+        Raises:
+          UserError: lines cannot be written, and on_error is "stop".
+        """
+        try:
+            if self._file is not None:
+                self._attempt(self._flush)
+                self._catch_up()
+        finally:
+            for file in (self._file, self._events):
+                if file is not None:
+                    file.close()
+            self._file = self._events = None
+            self._events_behind = False
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +146,76 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _cut_back(self.path, self._resume_step)
+        self._file = AppendFile(self.path)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._open()
+        if self._unwritten and self._file is not None:
+            self._file.append(self._unwritten)
+            self._unwritten = b""
+
+    def _catch_up(self) -> None:
+        """Writes the event files anew from metrics.jsonl where something is not in them."""
+        if not self._events_behind or self._file is None or self._unwritten:
+            return
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+        def rewrite() -> None:
+            self._events = write_folder(self.path.parent / TENSORBOARD_FOLDER, _events(self.path))
+
+        self._events_behind = not self._attempt(rewrite)
+
+    def _attempt(self, action: Callable[[], None]) -> bool:
+        """Whether a write went well.
+
+        Raises:
+          UserError: it did not, and on_error is "stop".
+        """
+        try:
+            action()
+        except OSError as error:
+            if self._on_error == "stop":
+                raise UserError(
+                    f"{self.path.parent}: metrics cannot be written: {error}. Mend that and run the"
+                    " same command again"
+                ) from error
+            if not self._warned:
+                warn(
+                    f"{self.path.parent}: metrics cannot be written: {error}. They are kept in"
+                    " memory, and written as soon as that works"
+                )
+            self._warned = True
+            return False
+        return True
+
+
+class NullLog:
+    """A `MetricsLog` of a process that is not the first: nothing is written."""
+
+    def write(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
 
 
 def read_metrics(
@@ -118,41 +231,54 @@ def read_metrics(
     return rows
 
 
-def _parsed_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(line, its object) for each line; a torn last line is left out, any other bad line is a
-    ValueError.
+def _events(path: Path) -> Iterator[bytes]:
+    """The records of the lines of a metrics log."""
+    for _, row in _parsed_lines(path):
+        values = {k: float(v) for k, v in row.items() if k not in _RESERVED}
+        time_written = float(row.get("time", 0.0))
+        yield scalars_event(row["step"], row.get("split", "train"), values, time_written)
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(where it ends in the file, its object) for each line, without a torn last line.
+
+    Raises:
+      UserError: any other line is bad.
     """
-    # A tear may split a character: replaced, the line fails to parse as any torn one does.
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
-                raise ValueError('no object with an integer "step"')
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number}: not a line of a metrics log ({error}); mend it or move "
-                "the file away"
-            ) from error
-        parsed.append((line, row))
-    return parsed
+    bad: UserError | None = None
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if bad:
+                raise bad
+            end += len(line)
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    raise ValueError('no object with an integer "step"')
+            except ValueError as error:
+                # Only the last line can be torn, and whether it is that one is not known yet.
+                bad = UserError(
+                    f"{path}, line {number}: not a line of a metrics log ({error}); mend it or move"
+                    " the file away"
+                )
+                continue
+            yield end, row
 
 
 def _cut_back(path: Path, resume_step: int) -> None:
-    """Rewrites the file without a torn last line and without steps beyond resume_step."""
-    kept = [line for line, row in _parsed_lines(path) if row["step"] <= resume_step]
-    # A crash while rewriting must leave the old file or the new one, never half of either.
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Cuts the file before a torn last line and before the first step beyond resume_step.
+
+    In place, as that needs no room on a disk that may be full.
+    """
+    kept = [end for end, row in _parsed_lines(path) if row["step"] <= resume_step]
+    end = max(kept, default=0)
+    with path.open("r+b") as file:
+        file.truncate(end)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 class Progress:

@@ -30,6 +30,9 @@ More examples:
   # A model that needs the memory of four devices
   python -m gram_jax.score --checkpoint=DIR --input=a.jsonl --output=b.jsonl --mesh=tensor=4
 
+  # Two processes that share the work, as on two machines
+  launch/local.sh 2 python -m gram_jax.score --checkpoint=DIR --input=a.jsonl --output=b.jsonl
+
 Lines with the same prompt that stand close together share its computation. A run that was killed
 goes on when the same command is given again: until it is complete, its lines stand in
 OUTPUT.partial, and what they belong to in OUTPUT.state.json.
@@ -45,6 +48,7 @@ from absl import flags
 from gram_jax import entry
 from gram_jax.checkpoints import load_model, reward_average
 from gram_jax.config import ComputeConfig
+from gram_jax.distributed import is_main
 from gram_jax.mesh import make_mesh, parse_mesh
 from gram_jax.scoring_job import ScoringJob, run_job
 
@@ -116,6 +120,8 @@ def main(_: list[str]) -> None:
     # One device needs no mesh.
     mesh = make_mesh(parse_mesh(_MESH.value)) if len(jax.devices()) > 1 or _MESH.value else None
     result = run_job(job, lambda: load_model(_CHECKPOINT.value, compute, mesh), mesh=mesh)
+    if not is_main():
+        return
     if result.was_complete:
         print(f"{job.output} is complete already; nothing was done", file=sys.stderr)
     print(result.summary.text())

@@ -6,6 +6,9 @@ batch n + 1 is handed to the device before the numbers of batch n are fetched.
 
 The function is compiled once per shape. Rows have one length; a batch whose responses are short is
 computed with a half or a quarter of the target slots, so there are at most three shapes.
+
+Several processes go through the same stream in lock-step. Each computes its share of every batch,
+and each gets all of its numbers.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gram_jax.mesh import activation_spec, named
+from gram_jax.mesh import put, whole
 from gram_jax.models.decoder import Decoder
+from gram_jax.packing import PackCounts, pack
 from gram_jax.readouts import SequenceScores, likelihood, token_logprobs
-from gram_jax.rows import Batch, Example, PackCounts, PackedRow, RowShape, empty_row, pack
+from gram_jax.rows import Batch, Example, PackedRow, RowShape, empty_row
 from gram_jax.rows import stack_rows as stack
 
 FloatArray = npt.NDArray[np.float32]
@@ -72,12 +76,12 @@ def score_rows(
       per_token: also return the log-prob of each target.
 
     Returns:
-      SequenceScores of [B, S], and float32 [B, M] or None. Absent sequences count 0 tokens; unused
-      target slots hold finite numbers that mean nothing.
+      SequenceScores of [B, S], and float32 [B, M] or None; on a mesh, whole on every device. Absent
+      sequences count 0 tokens; unused target slots hold finite numbers that mean nothing.
     """
     logprob_bm = token_logprobs(model, batch).logprob
     scores = likelihood(logprob_bm, batch.sequence_ids, sequences)
-    return scores, logprob_bm if per_token else None
+    return jax.tree.map(whole, (scores, logprob_bm if per_token else None))
 
 
 def scoring_shape(row_length: int) -> RowShape:
@@ -102,8 +106,8 @@ def score_examples(
 ) -> Iterator[Scored]:
     """Scores every response of every example, in the order in which they finish.
 
-    That order is fixed by the examples, and a response is at most two windows of examples and one
-    batch late. Prompts are computed once per example.
+    That order is fixed by the examples, and a response is at most a window of examples and one
+    batch late. A prompt is computed once per row that it is in.
 
     Args:
       model: a decoder, placed on ``mesh`` if there is one.
@@ -112,13 +116,15 @@ def score_examples(
       batch_rows: rows computed at once; divides by the mesh's data x fsdp.
       mesh: what the model is spread over, or None for one device.
       per_token: also the log-prob of each token.
-      window: examples looked at together when packing.
+      window: examples that are packed together.
       counts: filled with what packing did.
 
     Raises:
       DoesNotFit: a prompt with one response is longer than a row.
     """
-    rows = pack(examples, shape, window=window, counts=counts)
+    remaining = iter(examples)
+    windows = iter(lambda: list(itertools.islice(remaining, window)), [])
+    rows = (row for some in windows for row in pack(some, shape, counts=counts))
     batches = iter(lambda: list(itertools.islice(rows, batch_rows)), [])
     for scores in score_batches(model, batches, shape, batch_rows, mesh=mesh, per_token=per_token):
         yield from scores
@@ -146,8 +152,8 @@ def score_batches(
         batch = _assemble(rows, shape, batch_rows)
         started = time.monotonic()
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            sharding = None if mesh is None else named(mesh, activation_spec("B"))
-            result = score_rows(model, jax.device_put(batch, sharding), shape.sequences, per_token)
+            placed = jax.device_put(batch) if mesh is None else put(batch, mesh)
+            result = score_rows(model, placed, shape.sequences, per_token)
         if batch.targets.shape[1] not in compiled:
             # A call returns before its work is done, but only after compiling.
             compiled.add(batch.targets.shape[1])

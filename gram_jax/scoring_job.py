@@ -7,6 +7,9 @@ the summary of preference pairs keeps three numbers and a reference per pair.
 
 A job that was killed goes on where it stopped when the same command is given again (see
 ``scoring_state``), and its file is the one that an uninterrupted run would have written.
+
+Several processes do the same job together: each reads and tokenises the whole input, which costs
+little beside the model, and computes its share of every batch. Process 0 alone writes.
 """
 
 from __future__ import annotations
@@ -27,13 +30,15 @@ from jax.sharding import Mesh
 
 from gram_jax.config import ModelConfig
 from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.distributed import is_main, main_first, process_id
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Accuracy, by_subset
 from gram_jax.mesh import check_divides
 from gram_jax.models.decoder import Decoder, compute_dtype
+from gram_jax.packing import PackCounts, pack
 from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
-from gram_jax.rows import PackCounts, PackedRow, pack
+from gram_jax.rows import PackedRow
 from gram_jax.scoring import EngineCounts, Scored, score_batches, scoring_shape
 from gram_jax.scoring_input import Block, InputFacts, Line, check_input, read_blocks
 from gram_jax.scoring_state import JobFiles, JobState, differences
@@ -206,13 +211,12 @@ def run_job(
       UserError: bad input (with file and line), bad settings, or an output that belongs to another
         job.
     """
-    if jax.process_count() > 1:
-        raise UserError("scoring runs in one process; give each its own part of the input")
     if Path(job.input).resolve() == Path(job.output).resolve():
         raise UserError(f"--input and --output are both {job.input}")
     with JobFiles(job.output) as files:
         state = files.read_state()
         facts = check_input(job.input, job.columns(), at=state.lines if state else 0)
+        _check_alike(job.input, facts)
         loaded = load()
         job = job.resolved(loaded.model.config, loaded.tokenizer, mesh)
         settings = _settings(job, loaded)
@@ -224,10 +228,22 @@ def run_job(
             return JobResult(Summary(**state.summary), was_complete=True)
         files.open(state)
         state = _score(job, loaded, mesh, files, state, facts.lines, stream)
-        state.summary = dataclasses.asdict(_summarise(state.counts, files.rows()))
+        counts = state.counts
+        state.summary = main_first(lambda: dataclasses.asdict(_summarise(counts, files.rows())))
         files.write_state(state)
         files.finish()
         return JobResult(Summary(**state.summary), was_complete=False)
+
+
+def _check_alike(path: str, facts: InputFacts) -> None:
+    """Processes that read different rows would wait for each other in vain."""
+    mine = facts.digests[facts.lines]
+    first = main_first(lambda: mine)
+    if mine != first:
+        raise UserError(
+            f"{path}: in process {process_id()} the file is not the one that process 0 reads; it"
+            " must be the same on every machine"
+        )
 
 
 def _settings(job: ScoringJob, loaded: Loaded) -> dict[str, Any]:
@@ -293,7 +309,12 @@ def _score(
             yield from running.batches
 
     progress = Progress(
-        total, initial=state.lines, unit="row", log_every=max(total // 20, 1), stream=stream
+        total,
+        initial=state.lines,
+        unit="row",
+        log_every=max(total // 20, 1),
+        stream=stream,
+        enabled=None if is_main() else False,
     )
     files.write_state(state)
     begun = state
@@ -374,7 +395,7 @@ class _Running:
     @classmethod
     def start(cls, block: Block, shape: Any, batch_rows: int) -> _Running:
         counts = PackCounts()
-        rows = list(pack(block.examples, shape, window=len(block.examples), counts=counts))
+        rows = list(pack(block.examples, shape, counts=counts))
         batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
         return cls(block, batches, counts, len(batches) * batch_rows * shape.tokens)
 

@@ -4,6 +4,9 @@ Lines are appended to OUTPUT.partial, forced to disk, and then counted in OUTPUT
 is replaced whole. What stands in the partial file beyond what is counted (a torn line, or lines
 whose counting a kill prevented) is cut when the job goes on, and computed again. At the end the
 state gets its summary, and the partial file becomes OUTPUT in one step.
+
+Of several processes, process 0 alone reads and writes these files, and tells the others what they
+say.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
+from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
 
 _FORMAT = 1
@@ -54,7 +58,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 class JobFiles:
-    """The files of one job. Use as a context manager: leaving it closes and unlocks them."""
+    """The files of one job. Use as a context manager: leaving it closes and unlocks them.
+
+    Every process calls every method; those of process 0 do what they say.
+    """
 
     def __init__(self, output: str | Path):
         self.output = Path(output)
@@ -68,6 +75,15 @@ class JobFiles:
         Raises:
           UserError: there is an output that no state describes, or a state that cannot be read.
         """
+
+        def read() -> dict[str, Any] | None:
+            found = self._read_state()
+            return None if found is None else dataclasses.asdict(found)
+
+        values = main_first(read)
+        return None if values is None else JobState(**values)
+
+    def _read_state(self) -> JobState | None:
         if not self.state_path.exists():
             for path in (self.output, self.partial):
                 if path.exists():
@@ -88,6 +104,8 @@ class JobFiles:
 
     def write_state(self, state: JobState) -> None:
         """Replaces the state in one step."""
+        if not is_main():
+            return
         temporary = self.state_path.with_name(self.state_path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
             json.dump({"format": _FORMAT, **dataclasses.asdict(state)}, stream, indent=2)
@@ -101,6 +119,9 @@ class JobFiles:
         Raises:
           UserError: another process writes it, or it is shorter than it should be.
         """
+        main_first(lambda: self._open(state))
+
+    def _open(self, state: JobState) -> None:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         stream = cast(BinaryIO, self.partial.open("ab"))
         self._stream = stream
@@ -114,25 +135,29 @@ class JobFiles:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> int:
         """Writes rows, one a line; returns the bytes written. Not counted until `record`."""
+        if not is_main():
+            return 0
         assert self._stream is not None
         return self._stream.write(b"".join(map(_line, rows)))
 
     def record(self, state: JobState) -> None:
         """Forces what was appended to disk, then counts it."""
+        if not is_main():
+            return
         assert self._stream is not None
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self.write_state(state)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that have been written, in order."""
+        """The rows that have been written, in order. For process 0."""
         with self.partial.open("rb") as stream:
             for line in stream:
                 yield json.loads(line)
 
     def finish(self) -> None:
         """Makes OUTPUT of the partial file in one step; may be repeated after a kill."""
-        if not self.partial.exists():
+        if not is_main() or not self.partial.exists():
             return
         if self.output.name.endswith(".gz"):
             temporary = self.output.with_name(self.output.name + ".tmp")

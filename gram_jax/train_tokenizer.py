@@ -73,4 +73,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, one_process=True)

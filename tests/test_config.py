@@ -168,7 +168,9 @@ BREAKING = {
     (DataConfig, 0): {"data__row_length": 1},
     (DataConfig, 1): {"data__row_targets": 1025},
     (DataConfig, 2): {"data__row_sequences": 1},
-    (DataConfig, 3): {"data__max_prompt": 1024},
+    (DataConfig, 3): {"data__weights": (1.0, 2.0)},
+    (DataConfig, 4): {"data__workers": -1},
+    (DataConfig, 5): {"data__max_prompt": 1024},
     (ObjectiveConfig, 0): {"objective__label_smoothing": 0.5},
     (ObjectiveConfig, 1): {"objective__beta": 0.0},
     (OptimizerConfig, 0): {"optimizer__learning_rate": 0.0},
@@ -176,6 +178,8 @@ BREAKING = {
     (TrainConfig, 0): {"train__length": 0.0},
     (TrainConfig, 1): {"train__accumulate": 3},
     (TrainConfig, 2): {"train__log_every": 0},
+    (CheckpointConfig, 0): {"checkpoint__every": 0},
+    (CheckpointConfig, 1): {"checkpoint__keep_every": -1},
     (Config, 0): {"train__last_blocks": 9},
     (Config, 1): {"data__format": "preferences"},
     (Config, 2): {"data__reference_field": "logprob"},
@@ -199,13 +203,14 @@ def test_each_rule_is_checked_and_says_what_it_wants(rule, changes):
     "changes",
     [
         {"data__row_targets": -1},
-        {"data__row_pairs": 0},
+        {"data__row_pairs": -1},
+        {"data__train": ("a", "b"), "data__weights": (1.0, 0.0)},
         {"objective__label_smoothing": -0.1},
         {"optimizer__warmup": -0.1},
         {"train__batch_rows": 0},
         {"train__accumulate": 0},
         {"train__last_blocks": -1},
-        {"objective__name": "smoothed_ce"},
+        {"objective__name": "smoothed_ce", "data__format": "responses"},
     ],
     ids=str,
 )
@@ -238,6 +243,6 @@ def test_how_a_run_is_computed_may_change_and_what_is_computed_may_not():
         assert set(policies(cls).values()) == {FREE}, cls
     for cls in (ModelConfig, ObjectiveConfig, OptimizerConfig):
         assert set(policies(cls).values()) == {FIXED}, cls
-    assert [name for name, policy in policies(DataConfig).items() if policy == FREE] == [
-        "validation"
-    ]
+    # Sources may move: what a run must keep is the rows, which are compared by content.
+    free = ["train", "validation", "prepared", "workers"]
+    assert [name for name, policy in policies(DataConfig).items() if policy == FREE] == free

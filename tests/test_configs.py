@@ -3,24 +3,24 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
 from gram_jax.config import Config, validate
+from gram_jax.mesh import check_divides
 from gram_jax.models.families import model_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
-PARAMETERS = {"tiny_pretrain": 5_310_720, "llama_1b_pretrain": 1_235_814_400}
-QWEN3_1P7B = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
+PARAMETERS = {"tiny_pretrain": 3_344_064, "llama_1b_pretrain": 1_235_814_400}
+
+# Of the published models: D, L, H, K, E, F, V, whether embeddings are tied.
+RELEASED = {
+    "Llama-3.1-8B-Instruct": (4096, 32, 32, 8, 128, 14336, 128256, False),
+    "Llama-3.2-3B-Instruct": (3072, 28, 24, 8, 128, 8192, 128256, True),
+    "Qwen3-1.7B": (2048, 28, 16, 8, 128, 6144, 151936, True),
+    "Qwen3-4B": (2560, 36, 32, 8, 128, 9728, 151936, True),
+    "Qwen3-8B": (4096, 36, 32, 8, 128, 12288, 151936, False),
+    "Qwen3-14B": (5120, 40, 40, 8, 128, 17408, 151936, False),
 }
 
 
@@ -37,7 +37,7 @@ def test_a_config_is_valid_with_and_without_an_argument(path):
         config, _ = load(path, *arguments)
         assert isinstance(config, Config)
         validate(config)
-        assert (config.objective.name == "next_token") == path.stem.endswith("pretrain")
+        assert (config.objective.name == "next_token") == (not path.stem.endswith("finetune"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -58,10 +58,33 @@ def test_the_model_has_the_size_that_is_said(path):
         assert f"{PARAMETERS[path.stem]:,} parameters" in module.__doc__
 
 
-def test_qwen3_has_the_size_that_its_config_says():
-    (path,) = (path for path in CONFIGS if path.stem.startswith("qwen3"))
-    parameters = model_config(QWEN3_1P7B, "config.json").num_parameters()
-    assert f"({parameters:,} parameters)" in load(path)[1].__doc__
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_models_have_the_sizes_that_the_recipe_says(name):
+    d, layers, heads, kv, e, f, v, tied = RELEASED[name]
+    values = {
+        "model_type": "qwen3" if name.startswith("Qwen3") else "llama",
+        "vocab_size": v,
+        "hidden_size": d,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": e,
+        "intermediate_size": f,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": tied,
+    }
+    model = model_config(values, "config.json")
+    (path,) = (path for path in CONFIGS if path.stem == "gram_pretrain")
+    rows = [
+        line.split() for line in load(path)[1].__doc__.split("\n") if line.startswith("  " + name)
+    ]
+    ((_, parameters, gigabytes, _),) = rows
+    assert parameters == f"{model.num_parameters():,}"
+    assert gigabytes == str(round(16 * model.num_parameters() / 1e9))
+    # Rows of a part, heads and features can be split as the recipe says.
+    for devices in (1, 2, 4, 8, 16):
+        mesh = jax.sharding.AbstractMesh((1, devices, 1), ("data", "fsdp", "tensor"))
+        check_divides(mesh, model, 16)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

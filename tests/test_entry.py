@@ -3,10 +3,7 @@
 import pytest
 
 from gram_jax import entry
-from gram_jax.config import DataConfig
-from gram_jax.data.examples import ExampleCounts, read_examples
-from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.errors import DataError, UserError
+from gram_jax.errors import UserError
 from gram_jax.loop import StageResult
 
 
@@ -40,6 +37,18 @@ def test_a_config_that_is_there_passes(form, tmp_path):
     entry._check_config_file([form.format(tmp_path / "a.py"), "--config.train.length=3"])
 
 
+def test_an_unknown_flag_is_named_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"'confg'\. Did you mean: config .*--help lists the flags"):
+        entry._parse_flags(["program", "--confg=a.py"])
+
+
+def test_a_command_of_one_process_refuses_to_be_one_of_several(monkeypatch):
+    monkeypatch.setattr(entry.distributed, "start", lambda: None)
+    monkeypatch.setattr(entry.distributed, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"one process; start it without launch/local\.sh"):
+        entry._run(pytest.fail, one_process=True)
+
+
 def test_help_needs_no_config():
     entry._check_config_file(["--helpfull"])
 
@@ -47,13 +56,3 @@ def test_help_needs_no_config():
 def test_a_run_resumed_after_its_last_step_says_that_it_is_complete(capsys):
     entry.print_result(StageResult(20, {}, {}, 1.0), "runs/x")
     assert capsys.readouterr().out == "complete already: 20 steps; checkpoint runs/x\n"
-
-
-def test_a_chat_row_without_a_chat_template_is_named(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(
-        '{"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}'
-    )
-    tokenizer = Tokenizer.train(["abc"], 300)
-    with pytest.raises(DataError, match=r"chat\.jsonl:1: .*no chat template"):
-        list(read_examples([path], DataConfig(format="preferences"), tokenizer, ExampleCounts()))

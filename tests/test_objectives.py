@@ -20,8 +20,9 @@ from gram_jax.objectives import (
     smoothed,
     smoothing_floor,
 )
+from gram_jax.packing import pack
 from gram_jax.readouts import SequenceScores, likelihood
-from gram_jax.rows import Batch, RowShape, pack, stack_rows
+from gram_jax.rows import Batch, RowShape, stack_rows
 
 EPSILONS = [0.0, 0.05, 0.1, 0.3]
 GRID = np.linspace(-30, 30, 601).astype(np.float32)

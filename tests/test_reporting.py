@@ -1,8 +1,12 @@
 """Run logs, console, figures and report: written to real files and read back."""
 
+import contextlib
 import io
 import json
 import math
+import os
+import resource
+import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -10,8 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event
 
+from gram_jax.errors import UserError
 from gram_jax.evaluation import reliability
 from gram_jax.figures import accuracy_bars, loss_curves, reliability_diagram, training_accuracy
 from gram_jax.report import Report, Table
@@ -26,21 +32,44 @@ from gram_jax.reporting import (
 
 
 def lines(workdir):
+    """The lines of the log without their times."""
     text = (workdir / "metrics.jsonl").read_text()
     assert text == "" or text.endswith("\n")
-    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    found = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    for line in found:
+        assert abs(line.pop("time", time.time()) - time.time()) < 600
+    return found
+
+
+def masked_crc(data):
+    """The checksum of a record, by the library that others write event files with."""
+    value = crc32c(data)
+    return (((value >> 15) | (value << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def events(workdir):
     """Events of all files: records of length (8 bytes), checksum (4), data, checksum (4)."""
     found = []
     for path in sorted((workdir / "tensorboard").iterdir()):
+        assert "tfevents" in path.name
         data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
-            found.append(Event.FromString(data[12 : 12 + length]))
+            record = data[12 : 12 + length]
+            assert int.from_bytes(data[8:12], "little") == masked_crc(data[:8])
+            assert int.from_bytes(data[12 + length : 16 + length], "little") == masked_crc(record)
+            found.append(Event.FromString(record))
             data = data[16 + length :]
     return found
+
+
+def scalars(workdir):
+    """(tag, step, value) of all event files, in order."""
+    return [
+        (value.tag, event.step, value.simple_value)
+        for event in events(workdir)
+        for value in event.summary.value
+    ]
 
 
 def test_each_write_is_on_disk_at_once_as_one_line(tmp_path):
@@ -102,7 +131,7 @@ def test_starting_over_cuts_step_zero_too(tmp_path):
 def test_a_bad_line_within_a_log_is_an_error_that_names_it_and_leaves_the_file(tmp_path):
     text = '{"step": 1, "loss": 1.0}\n{"loss": 2.0}\n{"step": 3, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         MetricsLog(tmp_path, resume_step=0, tensorboard=False)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
@@ -124,24 +153,96 @@ def test_a_metric_cannot_take_the_name_of_a_field_of_the_line(tmp_path):
         log.write(1, {"step": 2.0})
 
 
-def test_tensorboard_holds_the_same_numbers_and_purges_what_a_resumed_run_repeats(tmp_path):
+def test_tensorboard_holds_the_same_numbers_and_each_step_once_after_resuming(tmp_path):
+    with MetricsLog(tmp_path, resume_step=0) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": step / 2, "lr": 1e-3})
+        log.write(300, {"loss": 0.25}, split="validation")
+        assert scalars(tmp_path)[-1] == ("validation/loss", 300, 0.25), "held back in memory"
+    # What others keep in the folder is theirs.
+    (tmp_path / "tensorboard" / "events.out.tfevents.1.other").write_bytes(b"")
+    with MetricsLog(tmp_path, resume_step=1) as log:
+        log.write(2, {"loss": math.nan})
+        log.write(3, {"loss": 1e300})
+    found = scalars(tmp_path)
+    rate = np.float32(1e-3)
+    assert found[:2] == [("train/loss", 1, 0.5), ("train/lr", 1, rate)]
+    assert [row[:2] for row in found[2:]] == [("train/loss", 2), ("train/loss", 3)]
+    assert math.isnan(found[2][2])
+    assert found[3][2] == math.inf, "beyond float32"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert events(tmp_path)[0].file_version == "brain.Event:2"
+
+
+def test_event_files_that_a_kill_left_are_written_anew_from_the_metrics(tmp_path):
+    """Behind, ahead, torn, doubled, half rewritten: the metrics say what they must hold."""
     with MetricsLog(tmp_path, resume_step=0) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": step / 2})
-    with MetricsLog(tmp_path, resume_step=1) as log:
-        log.write(2, {"loss": math.nan})
-    # Both runs fall within one second and must not share a file.
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
-    scalars = [
-        (event.step, value.tag, value.simple_value)
-        for event in events(tmp_path)
-        for value in event.summary.value
-    ]
-    assert scalars[:3] == [(1, "train/loss", 0.5), (2, "train/loss", 1.0), (3, "train/loss", 1.5)]
-    assert scalars[3][:2] == (2, "train/loss")
-    assert math.isnan(scalars[3][2])
-    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert starts == [1, 2]
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    times = [event.wall_time for event in events(tmp_path)]
+    whole = path.read_bytes()
+    other = path.with_name("events.out.tfevents.5.host.1.gram_jax")
+    for content, second in (
+        (whole[:-20], None),
+        (whole, whole),
+        (b"", whole[:7]),
+        (whole * 2, None),
+    ):
+        path.write_bytes(content)
+        if second is not None:
+            other.write_bytes(second)
+        (path.parent / "rewriting.tmp").write_bytes(whole[:30])
+        MetricsLog(tmp_path, resume_step=2).close()
+        assert scalars(tmp_path) == [("train/loss", 1, 0.5), ("train/loss", 2, 1.0)]
+        assert [event.wall_time for event in events(tmp_path)][1:] == times[1:3]
+        (path,) = (tmp_path / "tensorboard").iterdir()
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """A disk without room, as far as a process without rights can make one."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_where_there_is_no_room_the_log_says_so_and_keeps_whole_lines(tmp_path, capsys):
+    log = MetricsLog(tmp_path, resume_step=0)
+    log.write(1, {"loss": 1.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with largest_file(size + 20), pytest.raises(UserError, match="metrics cannot be written"):
+        log.write(2, {"loss": 2.0})
+    assert [row["step"] for row in lines(tmp_path)] == [1]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_that_may_go_on_warns_once_and_has_no_holes_when_there_is_room_again(
+    tmp_path, capsys
+):
+    with MetricsLog(tmp_path, resume_step=0, on_error="continue") as log:
+        log.write(1, {"loss": 1.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        for room in range(0, size, 7):  # tears in every part of a line
+            with largest_file(size + room):
+                log.write(2 + room, {"loss": 2.0})
+                log.sync()
+            assert [row["step"] for row in lines(tmp_path)] == [1]
+        written = [step for step, *_ in events_steps(tmp_path)]
+        assert len(written) == len(set(written)), "a torn or repeated event"
+        log.write(1000, {"loss": 4.0})
+        assert [row["step"] for row in lines(tmp_path)] == [1, *range(2, 2 + size, 7), 1000]
+    assert [step for _, step, _ in scalars(tmp_path)] == [1, *range(2, 2 + size, 7), 1000]
+    error = capsys.readouterr().err
+    assert error.count("warning:") == 1
+    assert os.strerror(27) in error
+
+
+def events_steps(workdir):
+    return [(step, tag) for tag, step, _ in scalars(workdir)]
 
 
 class Terminal(io.StringIO):

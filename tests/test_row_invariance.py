@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
+from gram_jax.packing import pack
 from gram_jax.readouts import likelihood, token_logprobs
-from gram_jax.rows import Example, RowShape, check_batch, empty_row, pack, stack_rows
+from gram_jax.rows import Example, RowShape, check_batch, empty_row, stack_rows
 
 T, M, S = 96, 80, 16
 SHAPE = RowShape(T, M, S)
@@ -79,8 +80,8 @@ def alone(model):
     return found
 
 
-def packed(examples, window=1024):
-    return list(pack(examples, SHAPE, window=window))
+def packed(examples):
+    return list(pack(examples, SHAPE))
 
 
 def scored(model, rows):
@@ -125,7 +126,7 @@ def test_in_any_order_of_examples_and_of_candidates(model, alone, seed):
         responses = tuple(one.responses[i] for i in order)
         shuffled.append(dataclasses.replace(one, responses=responses))
         names |= {(one.key, new): (one.key, int(old)) for new, old in enumerate(order)}
-    check(scored(model, packed(shuffled, window=3)), alone, names)
+    check(scored(model, packed(shuffled)), alone, names)
 
 
 @pytest.mark.parametrize("before", [1, 17, 40])

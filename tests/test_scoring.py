@@ -17,7 +17,8 @@ from gram_jax.data.builtin import reference_topics
 from gram_jax.data.prompts import encode_candidates
 from gram_jax.data.tokenizer import EOS, Tokenizer
 from gram_jax.mesh import make_mesh
-from gram_jax.rows import Example, PackCounts, pack, stack_rows
+from gram_jax.packing import PackCounts, pack
+from gram_jax.rows import Example, stack_rows
 from gram_jax.scoring import (
     EngineCounts,
     _assemble,
@@ -187,7 +188,7 @@ def test_a_batch_is_handed_over_before_the_one_before_is_fetched(model, examples
 def test_few_targets_are_computed_in_a_shorter_shape_with_equal_scores(model, examples, alone):
     short = [e for e in examples if max(map(len, e.responses)) < 40]
     single = [Example(e.prompt, e.responses[:1], key=e.key) for e in short]
-    rows = list(pack(single, SHAPE, window=1))
+    rows = list(pack(single[:1], SHAPE))
     assert _assemble(rows[:1], SHAPE, 1).targets.shape == (1, 64)
     found = scores_of(score_examples(model, single, SHAPE, 1, window=1))
     check_alike(found, {(e.key, 0): alone[e.key, 0] for e in single})

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,12 @@ import torch
 from flax import nnx
 
 from gram_jax.config import ComputeConfig, ObjectiveConfig, OptimizerConfig
-from gram_jax.data.loader import PackedRows, device_batch
+from gram_jax.data.loader import device_batch
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import is_matrix, weight_dims, weight_name
 from gram_jax.objectives import objective
-from gram_jax.rows import RowShape, pack
+from gram_jax.packing import pack
+from gram_jax.rows import RowShape
 from gram_jax.training import (
     divide,
     init_state,
@@ -42,7 +45,7 @@ def rows(name):
     text = name == "next_token"
     examples = tiny.text_examples(0, 80, 48) if text else tiny.preferences(0, 80)
     packed = [row for one in examples for row in pack([one], SHAPES[name])]
-    return PackedRows(packed, SHAPES[name])
+    return tiny.rows(Path(tempfile.mkdtemp()), packed, SHAPES[name])
 
 
 def batches(name, parts, mesh, steps=STEPS):

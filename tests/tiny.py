@@ -1,11 +1,16 @@
 """Small models and examples that several tests share; weights are filled in without compiling."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
 from gram_jax.config import ComputeConfig, MeshConfig, ModelConfig
+from gram_jax.data.examples import ExampleCounts
+from gram_jax.data.rowset import MANIFEST, Manifest, Rows, RowSet, write_json, write_shard
 from gram_jax.mesh import make_mesh
 from gram_jax.models.decoder import abstract_decoder, is_matrix, weight_dims, weight_name
+from gram_jax.packing import PackCounts
 from gram_jax.rows import Example, Pair
 
 VOCAB = 64
@@ -73,3 +78,32 @@ def preferences(seed, count, *, reference=False):
         numbers = tuple(map(float, -rng.random(len(responses)) * 30)) if reference else None
         found.append(Example(ids(rng, 1, 10), responses, pairs, numbers, key))
     return found
+
+
+def row_set(folder, packed, shape, shards=2):
+    """Packed rows written to a folder as a preparation would, in shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = packed[0].batch.reference is not None
+    names = [f"rows-{i:05}-of-{shards:05}.array_record" for i in range(shards)]
+    cuts = np.array_split(np.arange(len(packed)), shards)
+    parts = [
+        write_shard(folder / name, [packed[i] for i in cut], shape, reference=reference)
+        for name, cut in zip(names, cuts, strict=True)
+    ]
+    tokens = sum(part["tokens"] for part in parts)
+    counts = PackCounts(rows=len(packed), tokens=tokens, places=len(packed) * shape.tokens)
+    manifest = Manifest(
+        id="0", key={}, sources=[], shape=dataclasses.asdict(shape), reference=reference,
+        shards=[{"file": n, "rows": p["rows"], "bytes": p["bytes"]}
+                for n, p in zip(names, parts, strict=True)],
+        read=dataclasses.asdict(ExampleCounts()), packed=dataclasses.asdict(counts),
+        context=2 * sum(p["positions"] for p in parts) / tokens,
+        targets=sum(p["targets"] for p in parts), seconds=0.0, versions={},
+    )  # fmt: skip
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    return RowSet(folder)
+
+
+def rows(folder, packed, shape):
+    """Packed rows as a stage reads them."""
+    return Rows([row_set(folder, packed, shape)])

@@ -1,26 +1,29 @@
-"""From texts and preferences to token examples; what is cut is cut by rule, and counted.
+"""From texts, responses and preferences to token examples; what is cut is cut by rule, and counted.
 
-Text: a document is BOS, its tokens, EOS. One longer than a row goes on in another example that
+In two steps, so that many processes can share the work. :func:`encode_rows` turns rows of a file
+into token records, each by itself. :func:`group_records` turns the records of a shard into
+examples: rows of one prompt have the same key, so they meet there, wherever they stood.
+
+Text: a document is BOS, its tokens, EOS. One longer than a row goes on in another record that
 starts from the last token of the one before, so that every token is predicted once.
 
-Preferences: rows of one prompt become one example, so that the prompt is computed once; a response
-that occurs in several pairs is there once. A prompt that is too long keeps BOS and its end. Two
-responses that do not fit beside it are cut at their ends, the longer one first, and lose their EOS
-with it.
+Responses and preferences: rows of one prompt become one example, so that the prompt is computed
+once. A prompt that is too long keeps BOS and its end. Responses that do not fit beside it are cut
+at their ends (of a pair, the longer one first) and lose their EOS with it; or, with
+``too_long="drop"``, the row is left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from gram_jax.config import DataConfig
-from gram_jax.data.prompts import ExampleError, encode_pair
-from gram_jax.data.sources import PreferenceRow, read_preferences, read_texts
+from gram_jax.data.prompts import ExampleError, encode_candidates, encode_pair
+from gram_jax.data.sources import PreferenceRow, ResponsesRow, Row, TextRow
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.rows import Example, IntArray, Pair, RowShape
@@ -31,12 +34,14 @@ class ExampleCounts:
     """What became of the rows that were read."""
 
     rows: int = 0
+    bad_rows: int = 0  # put aside, with on_bad_row=quarantine
     examples: int = 0
     tokens: int = 0  # of documents; of prompts and responses before anything is cut or shared
     split_documents: int = 0  # documents that were longer than a row
     cut_prompts: int = 0
     cut_responses: int = 0
     cut_tokens: int = 0
+    dropped_rows: int = 0  # too long, with too_long=drop; texts of one token, without BOS and EOS
     shared_responses: int = 0  # occurrences of a response that is already there for its prompt
     repeated_pairs: int = 0  # pairs that stand in the data more than once; all are kept
     dropped_pairs: int = 0  # pairs whose responses became equal when they were cut
@@ -46,98 +51,166 @@ class ExampleCounts:
         counts = dataclasses.asdict(self).items()
         return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts if n)
 
+    def add(self, other: ExampleCounts) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
-def row_shape(config: DataConfig) -> RowShape:
-    """The shape of the rows of a stage: text rows have no sequences and no pairs."""
+
+@dataclasses.dataclass(slots=True, eq=False)
+class TokenRecord:
+    """A prompt and responses as token ids.
+
+    ``key`` (64 bits) is equal for records that belong together: those of one document, or of one
+    prompt. ``reference`` holds the two log-probs of a preference under a reference model.
+    """
+
+    key: int
+    prompt: IntArray
+    responses: tuple[IntArray, ...]
+    reference: tuple[float, float] | None = None
+
+
+def row_shape(config: DataConfig, *, pairs: bool) -> RowShape:
+    """The shape of the rows of a stage; next-token rows have no sequences and no pairs."""
     targets = config.row_targets or config.row_length
-    if config.format == "text":
+    if not pairs:
         return RowShape(config.row_length, targets)
-    return RowShape(config.row_length, targets, config.row_sequences, config.row_pairs)
+    default = max(32, config.row_length // 16)
+    return RowShape(
+        config.row_length, targets, config.row_sequences or default, config.row_pairs or default
+    )
 
 
-def read_examples(
-    paths: Sequence[str | Path], config: DataConfig, tokenizer: Tokenizer, counts: ExampleCounts
-) -> Iterator[Example]:
-    """The examples of these files, in order.
-
-    Raises:
-      DataError: names file, line and field of a bad row.
-    """
-    if config.format == "text":
-        texts = (row.text for path in paths for row in read_texts(path))
-        yield from text_examples(texts, config, tokenizer, counts)
-        return
-    rows = ((path, row) for path in paths for row in read_preferences(path, config.reference_field))
-    yield from preference_examples(rows, config, tokenizer, counts)
-
-
-def text_examples(
-    texts: Iterable[str], config: DataConfig, tokenizer: Tokenizer, counts: ExampleCounts
-) -> Iterator[Example]:
-    """Documents as examples of at most a row's length.
-
-    Where the tokenizer has no BOS, a document's first token is context only.
-    """
-    length = min(config.row_length, config.row_targets or config.row_length)
-    for group in _groups(texts, 512):
-        starts = tokenizer.encode_prompts([""] * len(group))
-        bodies = tokenizer.encode_responses(group, add_eos=config.add_eos)
-        for start, body in zip(starts, bodies, strict=True):
-            ids = np.asarray(start + body, np.int32)
-            counts.rows += 1
-            counts.tokens += len(ids)
-            first = max(len(start), 1)
-            counts.split_documents += len(ids) - first > length
-            for begin in range(first, len(ids), length):
-                prompt = ids[:begin] if begin == first else ids[begin - 1 : begin]
-                counts.examples += 1
-                yield Example(prompt, (ids[begin : begin + length],), key=counts.examples)
-
-
-def preference_examples(
-    rows: Iterable[tuple[str | Path, PreferenceRow]],
+def encode_rows(
+    rows: Sequence[Row],
     config: DataConfig,
     tokenizer: Tokenizer,
     counts: ExampleCounts,
-) -> Iterator[Example]:
-    """One example per distinct prompt, in order of first appearance, with all of its pairs."""
-    grouped: dict[bytes, _Group] = {}
-    for path, row in rows:
-        counts.rows += 1
+    *,
+    file: str,
+    document: str,
+) -> Iterator[list[TokenRecord] | DataError]:
+    """For each row its token records, or what is wrong with it; rows are all of one kind.
+
+    ``document`` names the rows' file among all files; with a row's line it makes the key of a text.
+    """
+    if rows and isinstance(rows[0], TextRow):
+        texts = [row for row in rows if isinstance(row, TextRow)]
+        yield from _encode_texts(texts, config, tokenizer, counts, document)
+        return
+    for row in rows:
         try:
-            prompt, chosen, rejected = encode_pair(
-                row.prompt, row.chosen, row.rejected, tokenizer, add_eos=config.add_eos
-            )
+            if isinstance(row, PreferenceRow):
+                yield _encode_preference(row, config, tokenizer, counts, file)
+            elif isinstance(row, ResponsesRow):
+                yield _encode_responses(row, config, tokenizer, counts)
         except ExampleError as error:
-            raise DataError(error.reason, file=path, line=row.line, field=error.field) from None
+            yield DataError(error.reason, file=file, line=row.line, field=error.field)
+        except DataError as error:
+            yield error
         except UserError as error:  # the tokenizer or its chat template cannot do with this row
-            raise DataError(str(error), file=path, line=row.line) from None
-        counts.tokens += len(prompt) + len(chosen) + len(rejected)
-        before = counts.cut_tokens
-        prompt, chosen, rejected = _fit(
-            prompt, chosen, rejected, config, tokenizer.prefix_ids, counts
-        )
-        if row.reference is not None and counts.cut_tokens > before:
-            raise DataError(
-                f"{counts.cut_tokens - before} tokens must be cut to fit a row, but the reference"
-                " log-probs are of the whole texts; raise config.data.row_length (or max_prompt),"
-                " or leave the row out",
-                file=path,
-                line=row.line,
-                field=config.reference_field,
-            )
-        if np.array_equal(chosen, rejected):
-            counts.dropped_pairs += 1
-            continue
-        group = grouped.setdefault(prompt.tobytes(), _Group(prompt))
-        group.add(chosen, rejected, row.reference, counts)
+            yield DataError(str(error), file=file, line=row.line)
+
+
+def group_records(
+    records: Iterable[TokenRecord], format: str, counts: ExampleCounts
+) -> Iterator[Example]:
+    """The examples of a shard; records of one prompt become one, in order of first appearance."""
+    if format == "text":
+        for number, record in enumerate(records):
+            counts.examples += 1
+            yield Example(record.prompt, record.responses, key=number)
+        return
+    grouped: dict[bytes, _Group] = {}
+    for record in records:
+        group = grouped.setdefault(record.prompt.tobytes(), _Group(record.prompt))
+        if format == "preferences":
+            group.add_pair(record, counts)
+        else:
+            # Each occurrence is kept: one that the data has twice counts twice in the loss.
+            group.responses += record.responses
     for key, group in enumerate(grouped.values()):
         counts.examples += 1
         yield group.example(key)
 
 
+def _encode_texts(
+    rows: Sequence[TextRow],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    counts: ExampleCounts,
+    document: str,
+) -> Iterator[list[TokenRecord]]:
+    """Documents cut to at most a row's length.
+
+    Where the tokenizer has no BOS, a document's first token is context only.
+    """
+    length = min(config.row_length, config.row_targets or config.row_length)
+    starts = tokenizer.encode_prompts([""] * len(rows))
+    bodies = tokenizer.encode_responses([row.text for row in rows], add_eos=config.add_eos)
+    for row, start, body in zip(rows, starts, bodies, strict=True):
+        ids = np.asarray(start + body, np.int32)
+        counts.tokens += len(ids)
+        first = max(len(start), 1)
+        counts.split_documents += len(ids) - first > length
+        counts.dropped_rows += len(ids) == first
+        key = _key(f"{document}:{row.line}".encode())
+        yield [
+            TokenRecord(
+                key,
+                ids[:begin] if begin == first else ids[begin - 1 : begin],
+                (ids[begin : begin + length],),
+            )
+            for begin in range(first, len(ids), length)
+        ]
+
+
+def _encode_responses(
+    row: ResponsesRow, config: DataConfig, tokenizer: Tokenizer, counts: ExampleCounts
+) -> list[TokenRecord]:
+    prompt, encoded = encode_candidates(
+        row.prompt, list(row.responses), tokenizer, add_eos=config.add_eos
+    )
+    counts.tokens += len(prompt) + sum(map(len, encoded))
+    fitted = _fit_prompt(prompt, config, tokenizer.prefix_ids)
+    room = _room(fitted, config)
+    kept = [response[:room] for response in encoded]
+    if not _count_cuts((prompt, *encoded), (fitted, *kept), config, counts):
+        return []
+    return [TokenRecord(_key(fitted.tobytes()), fitted, tuple(kept))]
+
+
+def _encode_preference(
+    row: PreferenceRow,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    counts: ExampleCounts,
+    file: str,
+) -> list[TokenRecord]:
+    whole = encode_pair(row.prompt, row.chosen, row.rejected, tokenizer, add_eos=config.add_eos)
+    counts.tokens += sum(map(len, whole))
+    prompt = _fit_prompt(whole[0], config, tokenizer.prefix_ids)
+    chosen, rejected = _fit_pair(whole[1], whole[2], _room(prompt, config))
+    cut = sum(map(len, whole)) - len(prompt) - len(chosen) - len(rejected)
+    if row.reference is not None and cut and config.too_long != "drop":
+        raise DataError(
+            f"{cut} tokens must be cut to fit a row, but the reference log-probs are of the whole"
+            " texts; raise config.data.row_length (or max_prompt), set too_long=drop, or leave the"
+            " row out",
+            file=file,
+            line=row.line,
+            field=config.reference_field,
+        )
+    if not _count_cuts(whole, (prompt, chosen, rejected), config, counts):
+        return []
+    if np.array_equal(chosen, rejected):
+        counts.dropped_pairs += 1
+        return []
+    return [TokenRecord(_key(prompt.tobytes()), prompt, (chosen, rejected), row.reference)]
+
+
 class _Group:
-    """The pairs of one prompt."""
+    """The responses of one prompt, and the pairs among them."""
 
     def __init__(self, prompt: IntArray):
         self.prompt = prompt
@@ -147,18 +220,14 @@ class _Group:
         self.has_reference = False
         self._places: dict[bytes, int] = {}
 
-    def add(
-        self,
-        chosen: IntArray,
-        rejected: IntArray,
-        reference: tuple[float, float] | None,
-        counts: ExampleCounts,
-    ) -> None:
-        a = self._place(chosen, reference[0] if reference else 0.0, counts)
-        b = self._place(rejected, reference[1] if reference else 0.0, counts)
+    def add_pair(self, record: TokenRecord, counts: ExampleCounts) -> None:
+        a, b = (
+            self._place(response, record.reference[i] if record.reference else 0.0, counts)
+            for i, response in enumerate(record.responses)
+        )
         counts.repeated_pairs += Pair(a, b) in self.pairs
         self.pairs.append(Pair(a, b))
-        self.has_reference = reference is not None
+        self.has_reference = record.reference is not None
 
     def _place(self, response: IntArray, reference: float, counts: ExampleCounts) -> int:
         place = self._places.setdefault(response.tobytes(), len(self.responses))
@@ -174,38 +243,44 @@ class _Group:
         return Example(self.prompt, tuple(self.responses), tuple(self.pairs), reference, key)
 
 
-def _fit(
-    prompt: IntArray,
-    a: IntArray,
-    b: IntArray,
-    config: DataConfig,
-    prefix: Sequence[int],
-    counts: ExampleCounts,
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Cuts a prompt from the left and two responses from the right so that they fit one row.
-
-    The prompt keeps ``prefix`` (BOS), as it does in scoring, and at least its last token.
-    """
+def _fit_prompt(prompt: IntArray, config: DataConfig, prefix: Sequence[int]) -> IntArray:
+    """Cuts a prompt from the left; it keeps ``prefix`` (BOS), as in scoring, and its end."""
     longest = config.max_prompt or config.row_length // 2
-    if len(prompt) > longest:
-        counts.cut_prompts += 1
-        counts.cut_tokens += len(prompt) - longest
-        head = len(prefix) if prompt[: len(prefix)].tolist() == list(prefix) else 0
-        head = min(head, longest - 1)
-        prompt = np.concatenate((prompt[:head], prompt[len(prompt) - (longest - head) :]))
-    room = min(config.row_length - (len(prompt) - 1), config.row_targets or config.row_length)
-    if len(a) + len(b) > room:
-        # The shorter one keeps what it has as long as it takes no more than its half.
-        keep_a = max(room // 2, room - len(b))
-        keep_b = max(room - room // 2, room - len(a))
-        for response, keep in ((a, keep_a), (b, keep_b)):
-            counts.cut_responses += len(response) > keep
-            counts.cut_tokens += max(len(response) - keep, 0)
-        a, b = a[:keep_a], b[:keep_b]
-    return prompt, a, b
+    if len(prompt) <= longest:
+        return prompt
+    head = len(prefix) if prompt[: len(prefix)].tolist() == list(prefix) else 0
+    head = min(head, longest - 1)
+    return np.concatenate((prompt[:head], prompt[len(prompt) - (longest - head) :]))
 
 
-def _groups(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while group := list(islice(iterator, size)):
-        yield group
+def _room(prompt: IntArray, config: DataConfig) -> int:
+    """Places for responses beside a prompt."""
+    return min(config.row_length - (len(prompt) - 1), config.row_targets or config.row_length)
+
+
+def _fit_pair(a: IntArray, b: IntArray, room: int) -> tuple[IntArray, IntArray]:
+    """Cuts two responses so that both fit; the shorter keeps all while that is at most its half."""
+    if len(a) + len(b) <= room:
+        return a, b
+    return a[: max(room // 2, room - len(b))], b[: max(room - room // 2, room - len(a))]
+
+
+def _count_cuts(
+    before: Sequence[IntArray],
+    after: Sequence[IntArray],
+    config: DataConfig,
+    counts: ExampleCounts,
+) -> bool:
+    """Counts what was cut of a prompt and its responses; False if the row is to be left out."""
+    lost = [len(a) - len(b) for a, b in zip(before, after, strict=True)]
+    if any(lost) and config.too_long == "drop":
+        counts.dropped_rows += 1
+        return False
+    counts.cut_prompts += lost[0] > 0
+    counts.cut_responses += sum(n > 0 for n in lost[1:])
+    counts.cut_tokens += sum(lost)
+    return True
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

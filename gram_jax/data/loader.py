@@ -1,8 +1,8 @@
 """Rows in the order of a run: row number = f(seed, position), read by whoever needs the row.
 
 A run's place in its data is one integer, the number of rows consumed. Every epoch visits each row
-once, in a new order. The order depends on the seed and on nothing else: not on the number of
-devices or processes.
+once, in a new order; in a weighted mixture each source has epochs of its own. The order depends on
+the seed and on nothing else: not on the number of devices or processes.
 """
 
 from __future__ import annotations
@@ -16,48 +16,41 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gram_jax.data.rowset import Rows
 from gram_jax.mesh import ROWS
-from gram_jax.rows import Batch, PackedRow, RowShape, empty_row, stack_rows
-
-
-class PackedRows:
-    """Packed rows in memory, addressed by number."""
-
-    def __init__(self, rows: Sequence[PackedRow], shape: RowShape):
-        padding = empty_row(shape, reference=bool(rows) and rows[0].batch.reference is not None)
-        self._rows = stack_rows([*(row.batch for row in rows), padding])
-        self.padding = len(rows)
-        """The number of a row of padding, to fill up a last batch."""
-
-    def __len__(self) -> int:
-        return self.padding
-
-    def context(self) -> float:
-        """Mean number of tokens of the contexts that tokens lie in: 2 x their mean position."""
-        used = self._rows.segment_ids != 0
-        return 2.0 * float((self._rows.positions[used] + 1).mean())
-
-    def targets_per_token(self) -> float:
-        used = int((self._rows.segment_ids != 0).sum())
-        return int((self._rows.weights != 0).sum()) / used
-
-    def read(self, numbers: np.ndarray) -> Batch:
-        """The rows with these numbers, stacked, as numpy arrays."""
-        return cast(Batch, jax.tree.map(lambda leaf: leaf[numbers], self._rows))
+from gram_jax.rows import Batch
 
 
 class RowOrder:
-    """Which row stands at each position of an endless run over ``num_rows`` rows."""
+    """Which row stands at each position of an endless run over sources of these sizes.
 
-    def __init__(self, num_rows: int, seed: int):
-        self._order = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+    Without ``weights`` all rows are shuffled together. With them, every stretch of positions has
+    each source's share, and a source's rows come in epochs of that source.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] = ()):
+        if not weights:
+            self._order = _epochs(0, sum(sizes), seed)
+            return
+        starts = np.cumsum([0, *sizes])
+        # Equal seeds would make the orders of sources of one size equal.
+        seeds = np.random.SeedSequence(seed).generate_state(len(sizes))
+        parts = [
+            _epochs(int(start), size, int(part_seed))
+            for start, size, part_seed in zip(starts[:-1], sizes, seeds, strict=True)
+        ]
+        self._order = grain.MapDataset.mix(parts, weights=list(weights))
 
     def numbers(self, position: int, count: int) -> np.ndarray:
         """Row numbers at ``position`` and the ``count - 1`` positions after it."""
         return np.array([self._order[i] for i in range(position, position + count)], np.int64)
 
 
-def device_batch(rows: PackedRows, numbers: np.ndarray, parts: int, mesh: Mesh) -> Batch:
+def _epochs(start: int, size: int, seed: int) -> Any:
+    return grain.MapDataset.range(start, start + size).seed(seed).shuffle().repeat()
+
+
+def device_batch(rows: Rows, numbers: np.ndarray, parts: int, mesh: Mesh) -> Batch:
     """Rows as arrays [parts, rows per part, ...] split over the mesh.
 
     Each process reads only the rows that its devices hold.

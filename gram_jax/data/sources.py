@@ -1,20 +1,18 @@
-"""Where examples come from: rows of JSONL files, read one by one and checked where they stand.
+"""Rows to learn from: records checked field by field, whatever format they were stored in.
 
-A file is plain or gzip (`.gz`), one JSON object per line, UTF-8. Lines end with a newline byte and
-with nothing else: `str.splitlines` would also split at U+2028 inside a string, so files are read as
-bytes. Every fault is a `DataError` that names file, line and field.
+A record is a JSON object with the fields of one of `FORMATS`. Every fault is a `DataError` that
+names file, line and field. Where records come from is in `gram_jax.data.records`.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
+from gram_jax.data.formats import jsonl_blocks, kind, printable
 from gram_jax.errors import DataError
 
 Message: TypeAlias = dict[str, Any]
@@ -23,10 +21,25 @@ Response: TypeAlias = str | list[Message]
 
 
 class TextRow(NamedTuple):
-    """One text to learn from, and the source it counts under in mixtures and reports."""
+    """One text to learn from, the source it counts under in mixtures and reports, and its line."""
 
     text: str
     source: str
+    line: int
+
+
+class ResponsesRow(NamedTuple):
+    """A prompt with one or more responses to learn from, none of them labelled.
+
+    Attributes:
+      prompt: text, or chat messages that end with the turn to be answered.
+      responses: each text, or a list with one assistant message (only if the prompt is messages).
+      line: 1-based line in its file.
+    """
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    line: int
 
 
 class PreferenceRow(NamedTuple):
@@ -48,8 +61,14 @@ class PreferenceRow(NamedTuple):
     line: int
 
 
+Row: TypeAlias = TextRow | ResponsesRow | PreferenceRow
+FORMATS = ("text", "responses", "preferences")
+
+_BLOCK_SIZE = 1 << 20
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (1-based line number, object) for each line of a JSONL file, plain or `.gz`.
+    """Yields (1-based line number, object) for each line of a JSONL file: plain, `.gz` or `.zst`.
 
     Blank lines may stand at the end of the file only.
 
@@ -57,31 +76,59 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
       DataError: the file is missing, unreadable, empty or cut off, or a line is blank, is not
         UTF-8, is not JSON or is not an object.
     """
-    line = 0
-    blank: int | None = None
-    found = False
-    try:
-        with _open_bytes(path) as stream:
-            for line, raw in enumerate(stream, start=1):
-                if not raw.strip():
-                    blank = blank or line
-                    continue
-                if blank is not None:
-                    raise DataError("a blank line; remove it", file=path, line=blank)
-                found = True
-                yield line, _parse_object(raw, path, line)
-    except FileNotFoundError:
-        raise DataError("there is no such file", file=path) from None
-    except IsADirectoryError:
-        raise DataError("this is a folder; name a .jsonl or .jsonl.gz file", file=path) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        # The decompressor fails on the line after the last one that came out whole.
-        reason = f"the gzip data is cut off or damaged ({error}); copy the file again"
-        raise DataError(reason, file=path, line=line + 1) from None
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", file=path) from None
-    if not found:
-        raise DataError("the file is empty; it needs one JSON object per line", file=path)
+    for block in jsonl_blocks(path, _BLOCK_SIZE):
+        for line, record in block.records():
+            if isinstance(record, DataError):
+                raise record
+            yield line, record
+
+
+def detect_format(record: dict[str, Any], *, file: str | Path, line: int | None) -> str:
+    """Returns which of `FORMATS` the record has, by its fields; a field that is null may be unused.
+
+    Raises:
+      DataError: it has none.
+    """
+    used = {name for name, value in record.items() if value is not None}
+    for names in (used, set(record)):
+        if {"chosen", "rejected"} <= names:
+            return "preferences"
+        if "prompt" in names and not names.isdisjoint(("response", "responses")):
+            return "responses"
+        if "text" in names:
+            return "text"
+    reason = (
+        "a row needs the fields text; or prompt and response or responses; or prompt, chosen and"
+        f" rejected (fields here: {_listed(record)})"
+    )
+    raise DataError(reason, file=file, line=line)
+
+
+def parse_row(
+    record: dict[str, Any], format: str, *, file: str | Path, line: int, reference_field: str = ""
+) -> Row:
+    """Returns the record as a row of a format, checked.
+
+    Args:
+      record: a JSON object.
+      format: one of `FORMATS`.
+      file, line: where it stands, for messages; `file` also names the default source of a text.
+      reference_field: if not "", a preference must hold there a list of two finite numbers, the
+        log-probabilities of chosen and rejected under a reference model (the column `logprob` that
+        `score` writes).
+
+    Raises:
+      DataError: a field is missing or of the wrong kind, or chosen and rejected are the same.
+    """
+    if format == "text":
+        text = require_text(record, "text", file=file, line=line)
+        source = _optional_text(record, "source", "", file, line) or _source_name(file)
+        return TextRow(text, source, line)
+    if format == "responses":
+        return _responses_row(record, file, line)
+    if format == "preferences":
+        return _preference_row(record, file, line, reference_field)
+    raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
 
 
 def require_text(
@@ -138,82 +185,60 @@ def checked_response(
     if isinstance(value, str):
         return _checked_text(value, field, file, line, allow_empty=False)
     if not isinstance(value, list | dict):
-        raise DataError(f"must be text, not {_kind(value)}", file=file, line=line, field=field)
+        raise DataError(f"must be text, not {kind(value)}", file=file, line=line, field=field)
     if isinstance(prompt, str):
         reason = "is chat messages, but the prompt is text; make both the same"
         raise DataError(reason, file=file, line=line, field=field)
     messages = _checked_messages([value] if isinstance(value, dict) else value, field, file, line)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in messages)
+        roles = printable(", ".join(message["role"] for message in messages), 200)
         reason = f"must be one assistant message, not [{roles}]; earlier turns go in the prompt"
         raise DataError(reason, file=file, line=line, field=field)
     return messages
 
 
-def read_texts(path: str | Path) -> Iterator[TextRow]:
-    """Yields the rows `{"text": ..., "source"?: ...}` of a file; the default source is the file.
-
-    Raises:
-      DataError: see `read_jsonl` and `require_text`.
-    """
-    name = Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
-    for line, row in read_jsonl(path):
-        text = require_text(row, "text", file=path, line=line)
-        yield TextRow(text, _optional_text(row, "source", name, path, line))
-
-
-def read_preferences(path: str | Path, reference_field: str = "") -> Iterator[PreferenceRow]:
-    """Yields the rows `{"prompt", "chosen", "rejected"[, "subset"]}` of a file.
-
-    Args:
-      path: a JSONL file.
-      reference_field: if not "", each row must hold there a list of two finite numbers, the
-        log-probabilities of chosen and rejected under a reference model (the column `logprob` that
-        `score` writes).
-
-    Raises:
-      DataError: see `read_jsonl`; or a field is missing or of the wrong kind, or chosen and
-        rejected are the same.
-    """
-    for line, row in read_jsonl(path):
-        prompt = require_prompt(row, file=path, line=line)
-        chosen = require_response(row, "chosen", prompt, file=path, line=line)
-        rejected = require_response(row, "rejected", prompt, file=path, line=line)
-        if chosen == rejected:
-            reason = "is the same as chosen, so the row prefers nothing; remove it"
-            raise DataError(reason, file=path, line=line, field="rejected")
-        subset = _optional_text(row, "subset", "", path, line)
-        reference = _require_two_numbers(row, reference_field, path, line)
-        yield PreferenceRow(prompt, chosen, rejected, subset, reference, line)
+def _responses_row(record: dict[str, Any], file: str | Path, line: int) -> ResponsesRow:
+    prompt = require_prompt(record, file=file, line=line)
+    if record.get("responses") is None:
+        response = require_response(record, "response", prompt, file=file, line=line)
+        return ResponsesRow(prompt, (response,), line)
+    if record.get("response") is not None:
+        reason = "stands beside response; keep one of them, or rename the other"
+        raise DataError(reason, file=file, line=line, field="responses")
+    values = record["responses"]
+    if not isinstance(values, list) or not values:
+        reason = "must be a list of at least one response"
+        raise DataError(reason, file=file, line=line, field="responses")
+    responses = (
+        checked_response(value, f"responses[{place}]", prompt, file=file, line=line)
+        for place, value in enumerate(values)
+    )
+    return ResponsesRow(prompt, tuple(responses), line)
 
 
-def _open_bytes(path: str | Path) -> BinaryIO:
-    if str(path).endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return Path(path).open("rb")
+def _preference_row(
+    record: dict[str, Any], file: str | Path, line: int, reference_field: str
+) -> PreferenceRow:
+    prompt = require_prompt(record, file=file, line=line)
+    chosen = require_response(record, "chosen", prompt, file=file, line=line)
+    rejected = require_response(record, "rejected", prompt, file=file, line=line)
+    if chosen == rejected:
+        reason = "is the same as chosen, so the row prefers nothing; remove it"
+        raise DataError(reason, file=file, line=line, field="rejected")
+    subset = _optional_text(record, "subset", "", file, line)
+    reference = _require_two_numbers(record, reference_field, file, line)
+    return PreferenceRow(prompt, chosen, rejected, subset, reference, line)
 
 
-def _parse_object(raw: bytes, file: str | Path, line: int) -> dict[str, Any]:
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 (byte {error.start + 1} of the line); convert the file to UTF-8"
-        raise DataError(reason, file=file, line=line) from None
-    except json.JSONDecodeError as error:
-        reason = f"not JSON: {error.msg} (column {error.colno})"
-        raise DataError(reason, file=file, line=line) from None
-    except RecursionError:
-        raise DataError("JSON nested too deeply", file=file, line=line) from None
-    if not isinstance(value, dict):
-        reason = f"a JSON object is expected, not {_kind(value)}"
-        raise DataError(reason, file=file, line=line)
-    return value
+def _source_name(file: str | Path) -> str:
+    """The file's name without its extensions."""
+    extensions = r"(\.(jsonl|ndjson|json|parquet|arrow))?(\.gz|\.zst)?$"
+    return re.sub(extensions, "", Path(file).name, count=1)
 
 
 def _present(row: dict[str, Any], field: str, file: str | Path, line: int | None) -> Any:
     if field not in row:
-        names = ", ".join(sorted(row)) or "none"
-        reason = f"is missing (fields here: {names})"
+        reason = f"is missing (fields here: {_listed(row)})"
         raise DataError(reason, file=file, line=line, field=field)
     return row[field]
 
@@ -222,7 +247,7 @@ def _checked_text(
     value: Any, field: str, file: str | Path, line: int | None, allow_empty: bool
 ) -> str:
     if not isinstance(value, str):
-        raise DataError(f"must be text, not {_kind(value)}", file=file, line=line, field=field)
+        raise DataError(f"must be text, not {kind(value)}", file=file, line=line, field=field)
     if not value and not allow_empty:
         raise DataError("is empty", file=file, line=line, field=field)
     try:
@@ -242,7 +267,7 @@ def _checked_messages(
     for number, message in enumerate(value):
         place = f"{field}[{number}]"
         if not isinstance(message, dict):
-            reason = f"must be a message with role and content, not {_kind(message)}"
+            reason = f"must be a message with role and content, not {kind(message)}"
             raise DataError(reason, file=file, line=line, field=place)
         role = _present(message, "role", file, line)
         _checked_text(role, f"{place}.role", file, line, allow_empty=False)
@@ -274,14 +299,14 @@ def _require_two_numbers(
 
 
 def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
-def _kind(value: Any) -> str:
-    """What JSON calls the value."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+def _listed(names: Iterable[str]) -> str:
+    """Names for a message: in order, and not more than a screen can hold."""
+    return printable(", ".join(sorted(names)), 200) or "none"

@@ -1,8 +1,5 @@
 """No token of a text is lost or predicted twice; what is cut is cut by rule, and counted."""
 
-import gzip
-import json
-
 import numpy as np
 import peer_models
 import pytest
@@ -12,17 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from gram_jax.config import DataConfig
-from gram_jax.data.examples import (
-    ExampleCounts,
-    preference_examples,
-    read_examples,
-    row_shape,
-    text_examples,
-)
-from gram_jax.data.sources import PreferenceRow
+from gram_jax.data.examples import ExampleCounts, encode_rows, group_records, row_shape
+from gram_jax.data.sources import PreferenceRow, ResponsesRow, TextRow
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError
-from gram_jax.rows import Pair, pack
+from gram_jax.packing import pack
+from gram_jax.rows import Pair
 
 BOS, EOS, V = 1, 2, 96
 bounded = settings(deadline=None, max_examples=60)
@@ -51,11 +43,22 @@ def words(ids):
     return " ".join(f"w{i}" for i in ids)
 
 
+def examples(rows, format, tokenizer, counts, **options):
+    """The examples of rows, all in one shard, in the order of their rows."""
+    config = DataConfig(**options)
+    records = []
+    for found in encode_rows(rows, config, tokenizer, counts, file="f.jsonl", document="0"):
+        if isinstance(found, DataError):
+            raise found
+        records += found
+    counts.rows = len(rows)
+    return list(group_records(records, format, counts))
+
+
 def of_text(documents, tokenizer, **options):
     counts = ExampleCounts()
-    config = DataConfig(**{"row_length": 16} | options)
-    found = list(text_examples(map(words, documents), config, tokenizer, counts))
-    return found, counts
+    rows = [TextRow(words(d), "", i) for i, d in enumerate(documents, start=1)]
+    return examples(rows, "text", tokenizer, counts, **{"row_length": 16} | options), counts
 
 
 def test_the_two_tokenizers_differ_in_bos():
@@ -70,12 +73,13 @@ def test_every_token_of_a_text_is_predicted_once(documents, bos, add_eos, row_ta
     options = {"add_eos": add_eos, "row_targets": row_targets}
     found, counts = of_text(documents, tokenizer, **options)
     examples = iter(found)
-    longest, split = row_targets or 16, 0
+    longest, split, lost = row_targets or 16, 0, 0
     for document in documents:
         whole = [BOS] * bos + document + [EOS] * add_eos
         # Without BOS, the first token is what the rest is predicted from.
         remaining, before = whole[1:], whole[:1]
         split += len(remaining) > longest
+        lost += not remaining
         while remaining:
             example = next(examples)
             (response,) = example.responses
@@ -87,14 +91,15 @@ def test_every_token_of_a_text_is_predicted_once(documents, bos, add_eos, row_ta
     assert counts.examples == len(found)
     assert counts.split_documents == split
     assert counts.tokens == sum(len(d) + bos + add_eos for d in documents)
-    assert [example.key for example in found] == list(range(1, len(found) + 1))
+    assert counts.dropped_rows == lost
+    assert [example.key for example in found] == list(range(len(found)))
 
 
 @bounded
 @given(texts)
 def test_texts_go_into_rows_whole(documents):
     found, _ = of_text(documents, WITH_BOS)
-    rows = list(pack(found, row_shape(DataConfig(row_length=16))))
+    rows = list(pack(found, row_shape(DataConfig(row_length=16), pairs=False)))
     targets = np.concatenate([row.batch.targets[row.batch.weights != 0] for row in rows])
     wanted = [token for document in documents for token in [*document, EOS]]
     assert sorted(targets) == sorted(wanted)
@@ -102,13 +107,13 @@ def test_texts_go_into_rows_whole(documents):
 
 def preferences(rows, **options):
     """Examples of (prompt, chosen, rejected[, reference]) given as lists of ids."""
-    config = DataConfig(**{"format": "preferences", "row_length": 24, "row_targets": 16} | options)
     counts = ExampleCounts()
-    read = (
-        ("f.jsonl", PreferenceRow(words(p), words(c), words(r), "", rest[0] if rest else None, i))
+    read = [
+        PreferenceRow(words(p), words(c), words(r), "", rest[0] if rest else None, i)
         for i, (p, c, r, *rest) in enumerate(rows, start=1)
-    )
-    return list(preference_examples(read, config, WITH_BOS, counts)), counts
+    ]
+    options = {"row_length": 24, "row_targets": 16} | options
+    return examples(read, "preferences", WITH_BOS, counts, **options), counts
 
 
 def test_a_prompt_has_bos_and_a_response_has_eos():
@@ -180,50 +185,82 @@ lists = st.lists(st.integers(3, V - 1), min_size=1, max_size=40)
 @bounded
 @given(st.lists(st.tuples(lists, lists, lists), min_size=1, max_size=8))
 def test_whatever_is_cut_fits_a_row_with_all_its_pairs(rows):
-    config = DataConfig(
-        format="preferences", row_length=24, row_targets=16, row_sequences=4, row_pairs=2
-    )
+    config = DataConfig(row_length=24, row_targets=16, row_sequences=4, row_pairs=2)
     found, counts = preferences(rows, row_sequences=4, row_pairs=2)
     live = len(rows) - counts.dropped_pairs
     assert sum(len(example.pairs) for example in found) == live
-    packed = list(pack(found, row_shape(config)))
+    packed = list(pack(found, row_shape(config, pairs=True)))
     assert sum((row.batch.pair_weight != 0).sum() for row in packed) == live
     before = sum(1 + len(p) + len(c) + len(r) + 2 for p, c, r in rows)
     assert counts.tokens == before
 
 
 def test_rows_have_sequences_and_pairs_for_preferences_only():
-    text = row_shape(DataConfig(row_length=64, row_targets=32))
+    config = DataConfig(row_length=64, row_targets=32, row_sequences=5, row_pairs=3)
+    text, both = row_shape(config, pairs=False), row_shape(config, pairs=True)
     assert (text.tokens, text.targets, text.sequences, text.pairs) == (64, 32, 0, 0)
-    both = row_shape(DataConfig(row_length=64, format="preferences", row_sequences=5, row_pairs=3))
-    assert (both.tokens, both.targets, both.sequences, both.pairs) == (64, 64, 5, 3)
+    assert (both.tokens, both.targets, both.sequences, both.pairs) == (64, 32, 5, 3)
+    default = row_shape(DataConfig(row_length=2048), pairs=True)
+    assert (default.targets, default.sequences, default.pairs) == (2048, 128, 128)
 
 
-def test_files_are_read_in_order_plain_and_compressed(tmp_path):
-    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
-    plain.write_text(json.dumps({"text": "w5 w6"}) + "\n" + json.dumps({"text": "w7"}) + "\n")
-    packed.write_bytes(gzip.compress(json.dumps({"text": "w8"}).encode() + b"\n"))
+def responses(rows, **options):
+    """Examples of (prompt, [response, ...]) given as lists of ids."""
     counts = ExampleCounts()
-    found = list(read_examples([plain, packed], DataConfig(), WITH_BOS, counts))
-    assert [e.responses[0].tolist() for e in found] == [[5, 6, EOS], [7, EOS], [8, EOS]]
-    assert counts.rows == 3
+    read = [
+        ResponsesRow(words(p), tuple(map(words, rs)), i) for i, (p, rs) in enumerate(rows, start=1)
+    ]
+    return examples(read, "responses", WITH_BOS, counts, **{"row_length": 24} | options), counts
 
 
-def test_a_bad_row_is_named_with_file_line_and_field(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    good = {"prompt": "w5", "chosen": "w6", "rejected": "w7", "logprob": [-1.0, -2.0]}
-    rows = [good, good | {"logprob": [-1.0]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig(format="preferences", reference_field="logprob")
-    with pytest.raises(DataError) as error:
-        list(read_examples([path], config, WITH_BOS, ExampleCounts()))
-    assert (error.value.line, error.value.field) == (2, "logprob")
-    assert str(path) in str(error.value)
-    path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"prompt": ""}) + "\n")
-    config = DataConfig(format="preferences")
-    with pytest.raises(DataError) as error:
-        list(read_examples([path], config, WITHOUT_BOS, ExampleCounts()))
-    assert (error.value.line, error.value.field) == (2, "prompt")
+def test_responses_to_one_prompt_become_branches_of_one_example():
+    rows = [([5], [[10], [11]]), ([6], [[12]]), ([5], [[10], [13]])]
+    (one, other), counts = responses(rows)
+    assert one.prompt.tolist() == [BOS, 5]
+    # What the data has twice counts twice.
+    assert [r.tolist() for r in one.responses] == [[10, EOS], [11, EOS], [10, EOS], [13, EOS]]
+    assert [r.tolist() for r in other.responses] == [[12, EOS]]
+    assert one.pairs == other.pairs == ()
+    assert (counts.rows, counts.examples) == (3, 2)
+
+
+def test_a_response_that_does_not_fit_is_cut_at_its_end():
+    (example,), counts = responses([([5, 6], [list(range(10, 60)), [7]])])
+    assert example.responses[0].tolist() == list(range(10, 32))  # 24 places, 2 of the prefix
+    assert example.responses[1].tolist() == [7, EOS]
+    assert (counts.cut_responses, counts.cut_tokens) == (1, 51 - 22)
+
+
+def test_rows_that_are_too_long_are_left_out_if_so_wanted():
+    long = list(range(10, 60))
+    found, counts = responses([([5], [long]), ([6], [[7]])], too_long="drop")
+    assert [e.prompt.tolist() for e in found] == [[BOS, 6]]
+    assert (counts.dropped_rows, counts.cut_responses, counts.cut_tokens) == (1, 0, 0)
+    found, counts = preferences([([5], long, [6]), ([6], [7], [8])], too_long="drop")
+    assert (len(found), counts.dropped_rows, counts.cut_tokens) == (1, 1, 0)
+
+
+def test_a_row_that_the_tokenizer_cannot_take_is_named_and_the_next_goes_on():
+    read = [PreferenceRow(p, "w6", "w7", "", None, i) for i, p in enumerate(("", "w5"), start=8)]
+    bad, good = encode_rows(
+        read, DataConfig(), WITHOUT_BOS, ExampleCounts(), file="f.jsonl", document="0"
+    )
+    assert isinstance(bad, DataError)
+    assert (bad.file, bad.line, bad.field) == ("f.jsonl", 8, "prompt")
+    assert good[0].prompt.tolist() == [5]
+
+
+def test_records_of_one_prompt_or_document_have_one_key():
+    def keys(rows):
+        found = encode_rows(rows, DataConfig(row_length=8), WITH_BOS, ExampleCounts(),
+                            file="f", document="3")  # fmt: skip
+        return [[record.key for record in one] for one in found]
+
+    (a, b, c) = keys([PreferenceRow(p, "w6", "w7", "", None, 1) for p in ("w5", "w8", "w5")])
+    assert a == c != b
+    first, second = keys([TextRow(words(range(3, 40)), "", line) for line in (1, 2)])
+    assert len(set(first)) == len(set(second)) == 1 < len(first)
+    assert first[0] != second[0]
 
 
 def test_pairs_that_become_equal_when_cut_are_dropped_and_counted():

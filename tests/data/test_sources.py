@@ -1,11 +1,19 @@
-"""Files are read line by line, and a fault is named with its file, line and field."""
+"""Lines and fields are checked, and a fault is named with its file, line and field."""
 
 import gzip
 import json
 
+import pyarrow as pa
 import pytest
 
-from gram_jax.data.sources import read_jsonl, read_preferences, read_texts
+from gram_jax.data.sources import (
+    PreferenceRow,
+    ResponsesRow,
+    TextRow,
+    detect_format,
+    parse_row,
+    read_jsonl,
+)
 from gram_jax.errors import DataError, UserError
 
 ASSISTANT = {"role": "assistant", "content": "four"}
@@ -18,10 +26,14 @@ def write(path, *rows):
     return path
 
 
-def fault(reader, *args):
+def fault(function, *args, **options):
     with pytest.raises(DataError) as caught:
-        list(reader(*args))
+        list(function(*args, **options))
     return caught.value
+
+
+def parse(record, format, reference_field=""):
+    return parse_row(record, format, file="a", line=3, reference_field=reference_field)
 
 
 def test_message_of_a_data_error_gives_file_line_field_and_reason():
@@ -37,12 +49,14 @@ def test_separators_inside_a_string_do_not_end_a_line(tmp_path):
     assert [(line, row["text"]) for line, row in read_jsonl(path)] == [(1, text), (2, "next")]
 
 
-def test_a_gzip_file_reads_like_the_plain_one(tmp_path):
+def test_a_compressed_file_reads_like_the_plain_one(tmp_path):
     plain = write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert list(read_jsonl(packed)) == list(read_jsonl(plain))
-    assert [row.source for row in read_texts(packed)] == ["a", "a"]
+    with pa.CompressedOutputStream(tmp_path / "a.jsonl.zst", "zstd") as stream:
+        stream.write(plain.read_bytes())
+    assert list(read_jsonl(tmp_path / "a.jsonl.zst")) == list(read_jsonl(plain))
 
 
 def test_a_last_line_needs_no_newline_and_may_be_followed_by_blank_ones(tmp_path):
@@ -82,27 +96,81 @@ def test_missing_files_folders_and_cut_gzip_are_named(tmp_path):
     assert "cut off" in str(fault(read_jsonl, path))
     path.write_bytes(b'{"text": "one"}\n')
     assert "damaged" in str(fault(read_jsonl, path))
+    (tmp_path / "a.jsonl.zst").write_bytes(b'{"text": "one"}\n')
+    assert "damaged" in str(fault(read_jsonl, tmp_path / "a.jsonl.zst"))
 
 
-def test_preferences_are_read_with_their_line_subset_and_reference(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        {"prompt": "p", "chosen": "c", "rejected": "r", "logprob": [-1, -2.5], "subset": "s"},
-        {"prompt": "p", "chosen": "c", "rejected": "r", "logprob": [-1.0, 0]},
-    )
-    first, second = read_preferences(path, "logprob")
-    assert first == ("p", "c", "r", "s", (-1.0, -2.5), 1)
-    assert second == ("p", "c", "r", "", (-1.0, 0.0), 2)
-    assert next(read_preferences(path)).reference is None
+def test_the_lines_before_a_bad_one_are_given_first(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n": 2}\n{"n": \n{"n": 4}\n')
+    lines = read_jsonl(path)
+    assert [next(lines), next(lines)] == [(1, {"n": 1}), (2, {"n": 2})]
+    assert fault(lambda: lines).line == 3
 
 
-def test_chat_responses_may_be_text_one_message_or_a_list_of_one(tmp_path):
+def test_a_text_counts_under_its_source_or_its_file():
+    assert parse({"text": "t", "source": "s"}, "text") == TextRow("t", "s", 3)
+    for file, source in (
+        ("data/a.jsonl.zst", "a"),
+        ("b.parquet", "b"),
+        ("c.json", "c"),
+        ("d.1.arrow", "d.1"),
+        ("e", "e"),
+    ):
+        row = parse_row({"text": "t", "source": None}, "text", file=file, line=1)
+        assert row == TextRow("t", source, 1)
+
+
+def test_preferences_have_their_line_subset_and_reference():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "logprob": [-1, -2.5], "subset": "s"}
+    found = parse(row, "preferences", "logprob")
+    assert found == PreferenceRow("p", "c", "r", "s", (-1.0, -2.5), 3)
+    found = parse(row | {"subset": None}, "preferences")
+    assert found == PreferenceRow("p", "c", "r", "", None, 3)
+
+
+def test_chat_responses_may_be_text_one_message_or_a_list_of_one():
     row = {"prompt": QUESTION, "chosen": ASSISTANT, "rejected": "five"}
-    path = write(tmp_path / "a.jsonl", row, row | {"chosen": [ASSISTANT]})
-    assert [(row.chosen, row.rejected) for row in read_preferences(path)] == [
-        ([ASSISTANT], "five"),
-        ([ASSISTANT], "five"),
-    ]
+    for chosen in (ASSISTANT, [ASSISTANT]):
+        found = parse(row | {"chosen": chosen}, "preferences")
+        assert (found.chosen, found.rejected) == ([ASSISTANT], "five")
+        found = parse({"prompt": QUESTION, "responses": [chosen, "five"]}, "responses")
+        assert found.responses == ([ASSISTANT], "five")
+
+
+def test_a_prompt_has_one_or_more_responses_which_may_be_equal():
+    assert parse({"prompt": "p", "response": "r"}, "responses") == ResponsesRow("p", ("r",), 3)
+    row = {"prompt": "", "responses": ["r", "r", "q"], "response": None}
+    assert parse(row, "responses") == ResponsesRow("", ("r", "r", "q"), 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "format"),
+    [
+        ({"text": "t"}, "text"),
+        ({"text": "t", "prompt": "p"}, "text"),
+        ({"text": "t", "prompt": "p", "response": "r"}, "responses"),
+        ({"prompt": "p", "responses": []}, "responses"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "response": "x"}, "preferences"),
+        # Columns of a table that a row does not use are null.
+        ({"prompt": "p", "chosen": None, "rejected": None, "response": "x"}, "responses"),
+        ({"prompt": None, "response": None, "text": "t"}, "text"),
+        # A null that the row needs is for parse_row to name.
+        ({"prompt": "p", "chosen": None, "rejected": "r"}, "preferences"),
+        ({"text": None}, "text"),
+    ],
+)
+def test_the_format_of_a_record_follows_from_its_fields(record, format):
+    assert detect_format(record, file="a", line=1) == format
+
+
+@pytest.mark.parametrize("record", [{}, {"prompt": "p", "chosen": "c"}, {"response": "r"}])
+def test_a_record_of_no_format_is_an_error_that_names_fields_and_formats(record):
+    error = fault(detect_format, record, file="a", line=7)
+    assert (error.file, error.line) == ("a", 7)
+    assert f"fields here: {', '.join(sorted(record)) or 'none'}" in str(error)
+    for field in ("text", "responses", "rejected"):
+        assert field in error.reason
 
 
 @pytest.mark.parametrize(
@@ -110,6 +178,7 @@ def test_chat_responses_may_be_text_one_message_or_a_list_of_one(tmp_path):
     [
         ({"chosen": None}, "chosen", "null"),
         ({"chosen": ""}, "chosen", "empty"),
+        ({"chosen": b"c"}, "chosen", "not bytes"),
         ({"rejected": 3}, "rejected", "a number"),
         ({"rejected": "c"}, "rejected", "same as chosen"),
         ({"chosen": [ASSISTANT]}, "chosen", "the prompt is text"),
@@ -119,20 +188,51 @@ def test_chat_responses_may_be_text_one_message_or_a_list_of_one(tmp_path):
         ({"prompt": [{"content": "x"}]}, "role", "missing"),
         ({"logprob": [1.0]}, "logprob", "two finite numbers"),
         ({"logprob": [1.0, float("nan")]}, "logprob", "two finite numbers"),
+        ({"logprob": [1.0, 10**400]}, "logprob", "two finite numbers"),
+        ({"logprob": [1.0, True]}, "logprob", "two finite numbers"),
         ({"subset": 1}, "subset", "must be text"),
         ({"prompt": "\ud800"}, "prompt", "surrogate"),
     ],
 )
-def test_bad_preference_fields_are_named(tmp_path, change, field, part):
+def test_bad_preference_fields_are_named(change, field, part):
     good = {"prompt": "p", "chosen": "c", "rejected": "r", "logprob": [0, 0]}
-    path = tmp_path / "a.jsonl"
-    path.write_text(f"{json.dumps(good)}\n{json.dumps(good | change)}\n", encoding="ascii")
-    error = fault(read_preferences, path, "logprob")
-    assert (error.line, error.field) == (2, field)
+    error = fault(parse, good | change, "preferences", "logprob")
+    assert (error.file, error.line, error.field) == ("a", 3, field)
     assert part in str(error)
 
 
-def test_a_missing_field_is_an_error_that_lists_those_there(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "p", "chosen": "c"})
-    assert "fields here: chosen, prompt" in str(fault(read_preferences, path))
-    assert fault(read_texts, path).field == "text"
+@pytest.mark.parametrize(
+    ("change", "field", "part"),
+    [
+        ({"responses": []}, "responses", "at least one"),
+        ({"responses": "r"}, "responses", "must be a list"),
+        ({"responses": ["r", ""]}, "responses[1]", "is empty"),
+        ({"responses": [[ASSISTANT]]}, "responses[0]", "the prompt is text"),
+        ({"response": "r"}, "responses", "stands beside response"),
+        ({"responses": None}, "response", "is missing"),
+        ({"prompt": 1}, "prompt", "must be text"),
+    ],
+)
+def test_bad_responses_are_named(change, field, part):
+    error = fault(parse, {"prompt": "p", "responses": ["r"]} | change, "responses")
+    assert (error.file, error.line, error.field) == ("a", 3, field)
+    assert part in str(error)
+
+
+def test_a_missing_field_is_an_error_that_lists_those_there():
+    row = {"prompt": "p", "chosen": "c"}
+    assert "fields here: chosen, prompt" in str(fault(parse, row, "preferences"))
+    assert fault(parse, row, "text").field == "text"
+
+
+def test_messages_can_be_printed_whatever_the_data_holds():
+    row = {"\ud800": 1, "line\nbreak\x1b[31m": 2, **{f"field{n}": n for n in range(10_000)}}
+    for error in (fault(parse, row, "text"), fault(detect_format, row, file="a", line=1)):
+        assert len(str(error)) < 500
+        assert str(error).isprintable()
+        assert str(error).encode("utf-8")
+
+
+def test_an_unknown_format_is_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match="text, responses, preferences"):
+        parse({}, "texts")

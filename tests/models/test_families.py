@@ -17,8 +17,9 @@ from gram_jax.config import ComputeConfig, ModelConfig, RopeScaling
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import BLOCK_DIMS, MODEL_DIMS, shape_of
 from gram_jax.models.families import config_values, model_config, tensor_part, to_tensor
+from gram_jax.packing import pack, split_example
 from gram_jax.readouts import likelihood, token_logprobs
-from gram_jax.rows import Example, RowShape, build_row, check_batch, pack, split_example, stack_rows
+from gram_jax.rows import Example, RowShape, build_row, check_batch, stack_rows
 
 LENGTH, VOCAB = peer_models.LENGTH, peer_models.VOCAB
 SHAPE = RowShape(tokens=LENGTH, targets=LENGTH, sequences=8)

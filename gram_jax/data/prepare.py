@@ -1,0 +1,285 @@
+"""Tokenises and packs sources once, into rows on disk (see gram_jax.data.rowset).
+
+Two passes, both spread over all cores and both made of pure functions of their input:
+
+1. chunks: consecutive records are checked and tokenised, each chunk by itself, and kept in
+   FOLDER/work/chunk-N sorted by key (a document's, or a prompt's);
+2. shards: the range of keys is cut into equal parts; the records of a part, from all chunks, are
+   grouped by prompt, packed and written as one shard.
+
+Chunks and shards are put in place whole, so a preparation that was killed goes on with those it
+has. The rows depend on the sources, the settings and the tokenizer; not on the number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gram_jax.config import DataConfig
+from gram_jax.data import work
+from gram_jax.data.examples import ExampleCounts, row_shape
+from gram_jax.data.meter import Meter
+from gram_jax.data.records import Source, open_source
+from gram_jax.data.rowset import (
+    MANIFEST,
+    ROW_FORMAT,
+    Manifest,
+    RowSet,
+    read_manifest,
+    write_json,
+)
+from gram_jax.data.sources import detect_format
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.errors import DataError, UserError
+from gram_jax.packing import PackCounts
+from gram_jax.versions import versions
+
+CHUNK_BYTES = 4 * 2**20
+"""Content of a chunk, before it is tokenised: what a worker gets at once, or loses in a kill."""
+_ROWS_PER_SHARD = 1024
+_MOST_SHARDS = 1024
+_BYTES_PER_WORKER = 2 * 2**20  # less is not worth the start of a process
+
+_SETTINGS = (
+    "reference_field", "row_length", "row_targets", "row_sequences", "row_pairs", "max_prompt",
+    "too_long", "add_eos",
+)  # fmt: skip
+"""Fields of DataConfig that decide rows."""
+
+
+def prepared_rows(
+    spec: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    pairs: bool,
+    replace: bool,
+    meter: Meter,
+) -> RowSet:
+    """The rows of a source: those in ``folder`` if they are its rows, else they are made there.
+
+    Args:
+      spec: a source, as in ``config.train``; several joined by commas are one.
+      pairs: rows for an objective on preferences, else for next_token.
+      replace: other rows that are in ``folder`` give way; else they are an error.
+      meter: shows progress.
+
+    Raises:
+      UserError: the source, or a row of it, cannot be used, or ``folder`` holds other rows.
+    """
+    asked = _Asked(spec, config, tokenizer, pairs)
+    manifest = read_manifest(folder)
+    found = [] if manifest is None else _differences(manifest, asked, meter)
+    if found and not replace:
+        raise UserError(
+            f"{folder}: the prepared rows here are not those asked for: {'; '.join(found)}. Delete"
+            " the folder, so that they are prepared again, or choose another"
+        )
+    if found:
+        meter.say(f"{folder}: preparing again: {'; '.join(found)}")
+        (folder / MANIFEST).unlink()
+    if manifest is None or found:
+        with work.locked(folder, meter.say):
+            if read_manifest(folder) is None:  # another process may have been quicker
+                _prepare(asked, folder, meter)
+    return RowSet(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """Rows that are asked for."""
+
+    spec: str
+    config: DataConfig
+    tokenizer: Tokenizer
+    pairs: bool
+
+    def sources(self) -> list[Source]:
+        return [open_source(part) for part in self.spec.split(",")]
+
+
+def _differences(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
+    """In what the rows of a folder are not those that are asked for."""
+    key, config = manifest.key, asked.config
+    found = [
+        f"config.data.{name} was {key['settings'][name]!r} and is {getattr(config, name)!r}"
+        for name in _SETTINGS
+        if key["settings"][name] != getattr(config, name)
+    ]
+    if key["tokenizer"] != asked.tokenizer.fingerprint():
+        found.append("the tokenizer is another")
+    if key["row_format"] != ROW_FORMAT:
+        found.append("another version of gram_jax made them")
+    if key["pairs"] != asked.pairs or config.format not in ("auto", key["format"]):
+        found.append(f"they are rows of {key['format']}")
+    if manifest.read["bad_rows"] and config.on_bad_row == "stop":
+        found.append(f"{manifest.read['bad_rows']} bad rows were left out (on_bad_row)")
+    return found + _source_changes(manifest, asked, meter)
+
+
+def _source_changes(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
+    """In what a source is not as it was when its rows were made."""
+    try:
+        sources = asked.sources()
+    except DataError as error:
+        # Rows may be made on one machine and used on another, where their source is not.
+        meter.say(f"rows prepared earlier are used without a look at their source: {error}")
+        return []
+    before = {file["path"]: file for source in manifest.sources for file in source["files"]}
+    now = {file["path"]: file for source in sources for file in _seen(source)["files"]}
+    if now and now == before:
+        return []
+    if _identity(sources) == manifest.key["sources"]:
+        return []
+    changed = [path for path, file in now.items() if before.get(path) != file]
+    return [f"{asked.spec} has changed ({', '.join(changed[:3]) or 'its content is another'})"]
+
+
+def _identity(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The content of sources, wherever they lie."""
+    found = []
+    for source in sources:
+        digests = []
+        for path in source.files():
+            with path.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        found.append({"sha256": digests, "identity": source.identity()})
+    return found
+
+
+def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
+    """Makes rows in ``folder``, going on with what an earlier try has left."""
+    began, config, sources = time.monotonic(), asked.config, asked.sources()
+    seen = [_seen(source) for source in sources]
+    key = {
+        "sources": _identity(sources),
+        "format": _format(sources, config, asked.pairs),
+        "pairs": asked.pairs,
+        "settings": {name: getattr(config, name) for name in _SETTINGS},
+        "tokenizer": asked.tokenizer.fingerprint(),
+        "row_format": ROW_FORMAT,
+    }
+    shape = row_shape(config, pairs=asked.pairs)
+    plan = work.Plan(folder / "work", config, str(key["format"]), shape)
+    # What was left out of a chunk depends on this, too.
+    work.begin(plan, {**key, "on_bad_row": config.on_bad_row}, asked.tokenizer)
+    size = sum(file["size"] for source in seen for file in source["files"])
+    with work.Workers(config.workers, size // _BYTES_PER_WORKER, plan) as workers:
+        read, tokens = _make_chunks(sources, workers, meter, asked.spec)
+        shards = min(max(tokens // (config.row_length * _ROWS_PER_SHARD), 1), _MOST_SHARDS)
+        parts = _make_shards(shards, workers, meter, asked.spec)
+    for part in parts:
+        read.add(ExampleCounts(**part["read"]))
+    packed = {
+        field.name: sum(int(part["packed"][field.name]) for part in parts)
+        for field in dataclasses.fields(PackCounts)
+    }
+    if not packed["rows"]:
+        raise DataError(f"nothing to train on: {read.text()}", file=asked.spec)
+    if read.bad_rows:
+        path = work.gather_quarantine(plan, folder)
+        meter.say(f"{read.bad_rows:,} bad rows were left out; {path} names them")
+    manifest = Manifest(
+        id=hashlib.sha256(json.dumps([key, read.bad_rows], sort_keys=True).encode()).hexdigest(),
+        key=key,
+        sources=seen,
+        shape=dataclasses.asdict(shape),
+        reference=bool(config.reference_field),
+        shards=[{k: part[k] for k in ("file", "rows", "bytes")} for part in parts],
+        read=dataclasses.asdict(read),
+        packed=packed,
+        context=2 * sum(part["positions"] for part in parts) / packed["tokens"],
+        targets=sum(part["targets"] for part in parts),
+        seconds=time.monotonic() - began,
+        versions=versions(),
+    )
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    shutil.rmtree(plan.folder)
+    meter.say(
+        f"{asked.spec}: {packed['rows']:,} rows of {config.row_length} tokens in {len(parts)}"
+        f" shards, padding {manifest.padding:.2%}, {manifest.seconds:.1f} s; {read.text()}"
+    )
+
+
+def _format(sources: Sequence[Source], config: DataConfig, pairs: bool) -> str:
+    """What a source's rows are; as its first good row says, if the settings do not.
+
+    Raises:
+      DataError: it is not what the objective needs, or cannot be told.
+    """
+    found = config.format
+    where = sources[0].spec
+    if found == "auto":
+        records = (
+            (block.file, line, record)
+            for source in sources
+            for block in source.blocks(2**16)
+            for line, record in block.records()
+        )
+        for where, line, record in records:
+            if not isinstance(record, DataError):
+                found = detect_format(record, file=where, line=line)
+                break
+            if config.on_bad_row == "stop":
+                raise record
+        else:
+            raise DataError("no row can be used", file=where)
+    if pairs != (found == "preferences"):
+        needed = "preferences" if pairs else "text or responses"
+        raise DataError(f"its rows are {found}, but the objective needs {needed}", file=where)
+    return found
+
+
+def _seen(source: Source) -> dict[str, Any]:
+    """Where a source was read, and each file's size and time of change."""
+    stats = [(path, path.stat()) for path in source.files()]
+    files = [
+        {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        for path, stat in stats
+    ]
+    return {"spec": source.spec, "files": files}
+
+
+def _make_chunks(
+    sources: Sequence[Source], workers: work.Workers, meter: Meter, spec: str
+) -> tuple[ExampleCounts, int]:
+    """Tokenises what is not tokenised yet; returns counts, and tokens of all records."""
+
+    def tasks() -> Iterator[tuple[Any, ...]]:
+        chunk, document, file = 0, -1, None
+        for source in sources:
+            for block in source.blocks(CHUNK_BYTES):
+                if (source, block.file) != file:
+                    document, file = document + 1, (source, block.file)
+                yield chunk, block, str(document)
+                chunk += 1
+
+    read, tokens = ExampleCounts(), 0
+    with meter.phase(f"tokenising {spec}", "rows") as bar:
+        # In order, so that of several bad rows the first is named.
+        for counts in workers.map(work.make_chunk, tasks()):
+            part = ExampleCounts(**counts["read"])
+            read.add(part)
+            tokens += counts["tokens"]
+            bar.add(part.rows, tokens=counts["tokens"])
+    return read, tokens
+
+
+def _make_shards(
+    shards: int, workers: work.Workers, meter: Meter, spec: str
+) -> list[dict[str, Any]]:
+    """Packs what is not packed yet; returns what is counted of each shard."""
+    parts = []
+    with meter.phase(f"packing {spec}", "packed rows") as bar:
+        for part in workers.map(work.make_shard, ((n, shards) for n in range(shards))):
+            parts.append(part)
+            bar.add(part["rows"], tokens=part["packed"]["tokens"])
+    return parts

@@ -1,0 +1,129 @@
+"""The rows of one stage of training: its sources prepared, opened and put in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gram_jax.config import Config, TrainConfig
+from gram_jax.data.examples import ExampleCounts
+from gram_jax.data.loader import RowOrder
+from gram_jax.data.meter import Meter
+from gram_jax.data.prepare import prepared_rows
+from gram_jax.data.rowset import Rows, RowSet
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.distributed import is_main, main_first
+from gram_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class StageData:
+    """What a stage trains and validates on."""
+
+    train: Rows
+    validation: Rows | None
+    order: RowOrder
+
+    @property
+    def sequences(self) -> int:
+        """S, the most candidates of a row."""
+        return self.train.sets[0].shape.sequences
+
+    def per_row(self, weights: Sequence[float]) -> dict[str, float]:
+        """How many epochs, tokens and pairs a row is, in the mean."""
+        return {
+            "epochs": 1 / len(self.train),
+            "tokens": self.train.mean("tokens", weights),
+            "pairs": self.train.mean("pairs", weights),
+        }
+
+    def identity(self) -> list[str]:
+        """Ids of the rows that are trained on; a run that goes on must have the same ones."""
+        return [rows.manifest.id for rows in self.train.sets]
+
+    def check_begun_with(self, ids: list[str]) -> None:
+        """Raises UserError unless the rows are those that a run has begun with."""
+        if ids != self.identity():
+            raise UserError(
+                "the rows to train on are not those that this run has begun with: a source has"
+                " changed and was prepared again, or another folder is given as"
+                " config.data.prepared; put it back, or choose another workdir"
+            )
+
+    def text(self) -> list[str]:
+        """Lines for a log: a line for each source."""
+        lines = []
+        for name, rows in (("train", self.train), ("validation", self.validation)):
+            for one in rows.sets if rows else ():
+                m = one.manifest
+                what = ", ".join(source["spec"] for source in m.sources)
+                counts = ExampleCounts(**m.read).text()
+                spilled = m.packed["spilled"], m.packed["repeated_tokens"]
+                lines.append(
+                    f"{name} {what}: {counts}; packed into {m.rows:,} rows of"
+                    f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs"
+                    f" {m.packed['pairs']:,}, spilled {spilled[0]:,}, repeated tokens"
+                    f" {spilled[1]:,}"
+                )
+        return lines
+
+
+def stage_data(
+    config: Config, tokenizer: Tokenizer, folder: Path, *, replace: bool, quiet: bool = False
+) -> StageData:
+    """Opens the rows of a stage, prepared in ``folder`` first where they are not there.
+
+    Process 0 prepares, the others wait; all read the same files.
+
+    Args:
+      replace: rows of other sources or settings, left there by an earlier run, give way.
+
+    Raises:
+      UserError: a source cannot be used, or ``folder`` holds other rows.
+    """
+    data = config.data
+    pairs = config.objective.name != "next_token"
+    if not data.train:
+        raise UserError(
+            "config.data.train is empty; name a source, as in --config.data.train=FILE.jsonl"
+        )
+    sources = {
+        f"{name}/{number}": spec
+        for name, specs in (("train", data.train), ("validation", data.validation))
+        for number, spec in enumerate(specs)
+    }
+
+    def prepare() -> None:
+        meter = Meter(quiet=quiet or not is_main())
+        for name, spec in sources.items():
+            prepared_rows(
+                spec, data, tokenizer, folder / name, pairs=pairs, replace=replace, meter=meter
+            )
+
+    main_first(prepare)
+    opened = {name: RowSet(folder / name) for name in sources}
+    train = Rows([rows for name, rows in opened.items() if name.startswith("train/")])
+    held_out = [rows for name, rows in opened.items() if name.startswith("validation/")]
+    order = RowOrder(train.sizes, config.seed, data.weights)
+    return StageData(train, Rows(held_out) if held_out else None, order)
+
+
+def num_steps(train: TrainConfig, per_row: Mapping[str, float]) -> int:
+    """Optimiser steps of a stage, given how much of each unit of length a row is.
+
+    Raises:
+      UserError: the rows hold nothing of that unit.
+    """
+    if train.length_unit == "steps":
+        return max(round(train.length), 1)
+    share = per_row[train.length_unit]
+    if not share:
+        raise UserError(f"config.train.length_unit={train.length_unit!r}: the data has none")
+    return max(math.ceil(train.length / (share * train.batch_rows)), 1)
+
+
+def data_folder(config: Config, workdir: str | Path) -> Path:
+    """Where the prepared rows of a run lie."""
+    return Path(config.data.prepared) if config.data.prepared else Path(workdir) / "data"

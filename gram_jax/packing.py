@@ -452,7 +452,8 @@ def _fill_rows(pieces: Sequence[_Piece], shape: RowShape) -> list[_Row]:
     """Puts every piece, or the units that it is cut into, in a row."""
     pool = _Pool(pieces, shape)
     slack = int(_SLACK * shape.tokens)
-    spare = _SPARE * pool.tokens  # places that may still be left empty
+    # Places that may still be left empty; the last row may be as good as empty.
+    spare = _SPARE * pool.tokens - shape.tokens
     rows = []
     while pool.sizes:
         row = _Row(shape)

@@ -152,7 +152,7 @@ class CheckpointStore:
         except Exception as error:
             if system_error(error) is None:
                 raise  # a defect
-            self._fail(step, error)
+            self._go_on(self._fail(step, error))
             return
         self._saving = step, self._thread.submit(self._commit, step, response, leaves, files)
 
@@ -172,16 +172,8 @@ class CheckpointStore:
         Raises:
           SaveFailed: it failed, and config.checkpoint.on_error is "stop".
         """
-        if self._saving is None:
-            return
-        step, future = self._saving
-        try:
-            future.result()
-        except Exception as error:
-            # Whatever a save died of: the run has a state that is not on the disk.
-            self._saving = None
-            self._fail(step, error)
-        self._saving = None
+        if (failed := self._settled()) is not None:
+            self._go_on(failed)
 
     def finish(self) -> None:
         """Waits for the last save of a run.
@@ -189,9 +181,9 @@ class CheckpointStore:
         Raises:
           SaveFailed: it failed, whatever config.checkpoint.on_error says.
         """
-        self.wait()
-        if self._failed:
-            raise self._failed
+        failed = self._settled() or self._failed
+        if failed:
+            raise failed
         barrier("last save")
 
     def __enter__(self) -> Self:
@@ -242,7 +234,23 @@ class CheckpointStore:
         except OSError as error:
             self._warn(f"{self.folder}: old checkpoints could not be deleted: {error}")
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _settled(self) -> SaveFailed | None:
+        """Waits for the save that is running; how it failed, None if it did not."""
+        if self._saving is None:
+            return None
+        step, future = self._saving
+        try:
+            future.result()
+        except Exception as error:
+            # Whatever a save died of: the run has a state that is not on the disk.
+            self._fail(step, error)
+            return self._failed
+        finally:
+            if future.done():
+                self._saving = None
+        return None
+
+    def _fail(self, step: int, error: Exception) -> SaveFailed:
         self._clean()
         newest = self.latest()
         self._failed = SaveFailed(
@@ -251,9 +259,13 @@ class CheckpointStore:
             f" {'none' if newest is None else f'step {newest}'}"
         )
         self._failed.__cause__ = error
+        return self._failed
+
+    def _go_on(self, failed: SaveFailed) -> None:
+        """Raises or warns, as config.checkpoint.on_error says."""
         if self._config.on_error == "stop":
-            raise self._failed
-        self._warn(f"{self._failed}; going on, as config.checkpoint.on_error says")
+            raise failed
+        self._warn(f"{failed}; going on, as config.checkpoint.on_error says")
 
     def _clean(self) -> None:
         """Removes what saves and deletions that did not come to their end have left."""

@@ -28,6 +28,9 @@ class Preempted(BaseException):
     """
 
 
+_END = bytes(1)  # no signal has the number 0
+
+
 class StopRequest:
     """Whether SIGTERM has come. Use as a context manager; the handler before it is put back.
 
@@ -67,8 +70,10 @@ class StopRequest:
             # None is a handler that was not installed from Python, and cannot be put back from it.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
             signal.set_wakeup_fd(descriptor)
-            os.close(self._write)  # ends the watcher
+            # Not by closing the pipe, which a forked worker may hold open.
+            os.write(self._write, _END)
             self._watcher.join()
+            os.close(self._write)
             os.close(self._read)
             self._restore = []
 
@@ -103,7 +108,7 @@ class StopRequest:
     def _watch(self) -> None:
         """Counts signals, while the main thread may be busy."""
         count = 0
-        while data := os.read(self._read, 1):
+        while (data := os.read(self._read, 1)) != _END:
             count += data[0] == signal.SIGTERM
             self.requested |= count > 0
             if count > 1:

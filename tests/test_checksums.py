@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding
@@ -75,8 +75,9 @@ def test_no_device_holds_a_whole_array_to_compute_its_checksum():
     assert compiled.memory_analysis().temp_size_in_bytes < 4096
 
 
+@settings(deadline=None)  # the first example of a shape compiles
 @given(
-    hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=4)),
+    st.sampled_from([(7,), (3, 2), (2, 3, 4)]).flatmap(lambda shape: hnp.arrays(np.float32, shape)),
     st.integers(0, 2**30),
     st.integers(0, 31),
 )

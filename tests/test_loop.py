@@ -201,6 +201,55 @@ def test_a_resumed_run_refuses_what_would_change_its_meaning(data, pretrained, c
         run_stage(text_config(data, **changes), pretrained[0], quiet=True)
 
 
+def test_settings_that_a_resumed_run_changes_are_shown(data, pretrained, capsys):
+    changed = text_config(data, train__log_every=3, checkpoint__keep_last=5)
+    run_stage(changed, pretrained[0])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed")]
+    assert said == [
+        "changed: config.train.log_every: 10 -> 3",
+        "changed: config.checkpoint.keep_last: 1 -> 5",
+    ]
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_if_it_were_not(
+    data, pretrained, tmp_path, capsys
+):
+    config = text_config(data, checkpoint__keep_last=9, checkpoint__keep_every=0)
+    run_stage(config, tmp_path / "all", quiet=True)
+    workdir = cut_at(tmp_path / "all", 6, tmp_path / "run")
+    (path,) = (workdir / "checkpoints" / "6").glob("optimizer/ocdbt*/d/*")
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    path.write_bytes(damaged)
+    run_stage(config, workdir, quiet=True)
+    assert "the numbers in optimizer/opt_state/" in capsys.readouterr().err
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert names == ["2", "4", "6", "6.damaged", "8"]
+    clocks = {"tokens_per_second": 0.0, "time": 0.0}
+    ours, theirs = ([row | clocks for row in read_metrics(w)] for w in (workdir, pretrained[0]))
+    assert ours == theirs
+    jax.tree.map(np.testing.assert_array_equal, weights(workdir), weights(pretrained[0]))
+
+
+def test_weights_that_overflow_in_a_finite_step_are_not_saved(data, tmp_path):
+    """The loss and the gradient of the step are finite: what it makes of the weights is not."""
+    config = text_config(
+        data,
+        optimizer__learning_rate=3.4e38,
+        optimizer__schedule="constant",
+        optimizer__warmup=0.0,
+        optimizer__weight_decay=10.0,
+        train__length=1.0,
+        data__validation=(),
+    )
+    with pytest.raises(NotFinite, match=r"step 1: weights/trainable/\S+, .* not finite"):
+        run_stage(config, tmp_path, quiet=True)
+    (row,) = read_metrics(tmp_path)
+    assert math.isfinite(row["loss"])
+    assert math.isfinite(row["grad_norm"])
+    assert steps_in(tmp_path) == []
+
+
 def test_the_last_and_every_fourth_checkpoint_are_kept(pretrained):
     assert steps_in(pretrained[0]) == [4, 8]
 

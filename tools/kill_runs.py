@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -335,6 +336,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", help="where to work; a temporary folder by default")
     flags = parser.parse_args(arguments)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Arrays are read here without saying where to: on this machine's one device.
+    warnings.filterwarnings("ignore", message="Sharding info not provided")
     folder = Path(flags.folder or tempfile.mkdtemp(prefix="kill_runs_"))
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)

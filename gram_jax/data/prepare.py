@@ -43,7 +43,7 @@ from gram_jax.versions import versions
 
 CHUNK_BYTES = 4 * 2**20
 """Content of a chunk, before it is tokenised: what a worker gets at once, or loses in a kill."""
-_ROWS_PER_SHARD = 1024
+_ROWS_PER_SHARD = 4096
 _MOST_SHARDS = 1024
 _BYTES_PER_WORKER = 2 * 2**20  # less is not worth the start of a process
 

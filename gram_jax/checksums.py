@@ -117,8 +117,9 @@ def describe(tree: Any) -> tuple[dict[str, Leaf], list[str]]:
     With several processes all of them must call this; all get the same answer.
     """
     leaves = named_leaves(tree)
-    # All are started before the first is waited for.
-    sums = jax.device_get({name: checksum(leaf) for name, leaf in leaves.items()})
+    # One after the other: a CPU client of several devices, which has as many threads, deadlocks
+    # where more than 32 computations that need all of its devices are under way.
+    sums = {name: jax.device_get(checksum(leaf)) for name, leaf in leaves.items()}
     found = {
         name: Leaf(tuple(leaf.shape), str(leaf.dtype), f"{sums[name][0]:08x}{sums[name][1]:08x}")
         for name, leaf in leaves.items()

@@ -1,14 +1,17 @@
 """SIGTERM: a machine that is about to be taken away asks the run to stop.
 
 While the loop runs, the step is finished, a checkpoint saved, and :class:`Preempted` raised; before
-the loop it is raised at once. A second SIGTERM ends the process there and then.
+the loop it is raised at once. Another SIGTERM, after a second or more, ends the process there and
+then.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -28,6 +31,8 @@ class Preempted(BaseException):
     """
 
 
+# One request may come twice: sent to a group of processes, and passed on by one of them.
+_SAME_SECONDS = 1.0
 _END = bytes(1)  # no signal has the number 0
 
 
@@ -106,12 +111,15 @@ class StopRequest:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _watch(self) -> None:
-        """Counts signals, while the main thread may be busy."""
-        count = 0
+        """Sees signals also while the main thread is busy."""
+        first = math.inf
         while (data := os.read(self._read, 1)) != _END:
-            count += data[0] == signal.SIGTERM
-            self.requested |= count > 0
-            if count > 1:
+            if data[0] != signal.SIGTERM:
+                continue
+            self.requested = True
+            now = time.monotonic()
+            first = min(first, now)
+            if now - first > _SAME_SECONDS:
                 os.write(2, b"SIGTERM again: exiting at once\n")
                 os._exit(128 + signal.SIGTERM)
 

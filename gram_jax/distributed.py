@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -38,6 +39,7 @@ SAVED = 75
 
 _ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _CONNECT_SECONDS = 300  # between the starts of the first process and the last
+_PATIENCE_SECONDS = 20
 _HEARTBEAT_SECONDS = 100
 _SHUTDOWN_SECONDS = 60
 # An error that all processes find is found by all within this time.
@@ -97,6 +99,13 @@ def start() -> None:
         return
     # JAX would take SIGTERM for itself and go on; what it means is for the program to say.
     jax.config.update("jax_enable_preemption_service", False)
+    here = f"process {place.process_id} of {place.num_processes}"
+    # JAX ends a process that has waited too long, with a stack trace; so this is said before.
+    patience = threading.Timer(
+        _PATIENCE_SECONDS, _say, [f"{here} is waiting for the others at {place.address}"]
+    )
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(
             *place,
@@ -106,10 +115,9 @@ def start() -> None:
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"process {place.process_id} of {place.num_processes} could not join the others at"
-            f" {place.address}: {error}"
-        ) from error
+        raise UserError(f"{here} could not join the others at {place.address}: {error}") from error
+    finally:
+        patience.cancel()
 
 
 def process_id() -> int:
@@ -187,7 +195,7 @@ def fail(status: int, message: str) -> NoReturn:
     except jax.errors.JaxRuntimeError:  # some processes did not fail, or are gone
         alike = False
     if is_main() or not alike:
-        print(message, file=sys.stderr, flush=True)
+        _say(message)
     if alike:
         if process_count() > 1:
             jax.distributed.shutdown()
@@ -214,6 +222,10 @@ def _compare(message: str) -> bool:
     for i in range(process_count()):
         _wait_for(f"compared/{i}", deadline + 1)
     return alike
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _end_now(status: int) -> NoReturn:

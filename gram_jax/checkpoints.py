@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from gram_jax.config import ComputeConfig, Config, from_dict, to_dict
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
+from gram_jax.models.adapters import adapters_of, attach
 from gram_jax.models.decoder import Decoder, abstract_decoder
 from gram_jax.reporting import warn
 from gram_jax.training import TrainState, merge_model, split_model
@@ -219,6 +221,8 @@ def quiet_orbax() -> None:
         return "run() raised an exception" not in record.getMessage()
 
     logging.getLogger("absl").addFilter(is_news)
+    # What a failed write had still to do is dropped unfinished, and Python would warn of that.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:
@@ -294,7 +298,8 @@ def load_model(
 def _load_step(folder: Path, compute: ComputeConfig, mesh: Mesh | None) -> LoadedModel:
     run = read_run_info(folder)
     target = abstract_decoder(run.config.model, compute, mesh)
-    graph, *wanted = split_model(target, run.config.train.last_blocks)
+    target = attach(target, adapters_of(run.config), run.config.seed)
+    graph, *wanted = split_model(target, run.config.train)
     weights = dict(zip(("trainable", "frozen"), wanted, strict=True))
     stored = _load_arrays(folder, {"weights": weights})["weights"]
     model = merge_model(graph, stored["trainable"], stored["frozen"]).joined_stacks()

@@ -202,13 +202,22 @@ class DataConfig:
     workers: int = setting(0, "Processes that prepare rows; 0 = all cores.", resume=FREE)
 
 
+READINGS = {
+    "next_token": "text",
+    "smoothed_ce": "likelihood",
+    "smoothed_pairwise": "likelihood",
+    "judge": "judge",
+    "judge_full_vocab": "judge",
+    "bradley_terry": "head",
+}
+"""What each objective scores a sequence by; ``text``: nothing is scored, tokens are predicted."""
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
     """The loss. Equations in gram_jax/objectives.py."""
 
-    name: str = setting(
-        "next_token", "Loss.", choices=("next_token", "smoothed_ce", "smoothed_pairwise")
-    )
+    name: str = setting("next_token", "Loss.", choices=tuple(READINGS))
     label_smoothing: float = setting(
         0.05,
         "e: the probability that a label is wrong. PyTorch's label_smoothing=a over two classes"
@@ -220,7 +229,14 @@ class ObjectiveConfig:
         "A response's score: the sum of its log-probs or their mean per token.",
         choices=("sum", "mean"),
     )
-    chosen_ce: float = setting(0.0, "g: adds g times the chosen response's mean cross-entropy.")
+    chosen_ce: float = setting(
+        0.0,
+        "g: adds g times the chosen response's mean cross-entropy (bradley_terry: the"
+        " text-generation regulariser).",
+    )
+    centring: float = setting(
+        0.0, "c: adds c (s_a + s_b)^2, which keeps rewards around 0 (bradley_terry)."
+    )
     z_loss: float = setting(0.0, "Adds z times the mean squared log-normaliser (next_token).")
 
 
@@ -253,8 +269,9 @@ class TrainConfig:
     batch_rows: int = setting(8, "Rows per optimiser step, over all devices.")
     accumulate: int = setting(1, "Parts a step's rows are computed in, one after the other.")
     last_blocks: int = setting(
-        0, "Train only the last k blocks and the final norm; 0 = all weights."
+        0, "Train only the last k blocks, the final norm and the head; 0 = all weights."
     )
+    head_only: bool = setting(False, "Train only the head of bradley_terry, on a frozen trunk.")
     log_every: int = setting(10, "Steps between log lines.", resume=FREE)
     validate_every: int = setting(0, "Steps between validations; 0 = only at the end.", resume=FREE)
     validation_rows: int = setting(64, "At most so many rows are validated on.", resume=FREE)
@@ -440,6 +457,14 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
     ObjectiveConfig: (
         (lambda c: 0 <= c.label_smoothing < 0.5, "label_smoothing must be in [0, 0.5)"),
         (lambda c: c.beta > 0, "beta must be positive"),
+        (
+            lambda c: c.centring == 0 or (c.centring > 0 and c.name == "bradley_terry"),
+            "centring is a positive number, for bradley_terry only",
+        ),
+        (
+            lambda c: c.chosen_ce == 0 or (c.chosen_ce > 0 and READINGS[c.name] != "judge"),
+            "chosen_ce is a positive number, and a judge has no chosen response to predict",
+        ),
     ),
     OptimizerConfig: (
         (lambda c: c.learning_rate > 0, "learning_rate must be positive"),
@@ -472,6 +497,14 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
             ),
             "objective.name=next_token goes with data.format=text or responses, the others with"
             " preferences",
+        ),
+        (
+            lambda c: not c.train.head_only or c.objective.name == "bradley_terry",
+            "train.head_only goes with objective.name=bradley_terry, which has a head",
+        ),
+        (
+            lambda c: not (c.train.head_only and c.train.last_blocks),
+            "train.head_only and train.last_blocks exclude each other",
         ),
         (
             lambda c: not c.data.reference_field or c.objective.name == "smoothed_pairwise",

@@ -4,9 +4,10 @@
       --config.init_from=CHECKPOINT
 
 CHECKPOINT is a workdir of gram_jax.pretrain, one of its checkpoints/STEP folders, or a Hugging Face
-folder. The objective is smoothed_pairwise (a ranking loss) or smoothed_ce, both on the likelihoods
-of the two responses; equations in gram_jax/objectives.py. The same command run again goes on from
-the newest checkpoint in DIR/checkpoints.
+folder. The objective is smoothed_pairwise (a ranking loss) or smoothed_ce on the likelihoods of the
+two responses, judge or judge_full_vocab on the label that a judge prompt asks for, or bradley_terry
+on a scalar head; equations in gram_jax/objectives.py. The same command run again goes on from the
+newest checkpoint in DIR/checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(_: list[str]) -> None:
     if config.objective.name == "next_token":
         raise UserError(
             "config.objective.name='next_token': that is pretraining; use python -m"
-            " gram_jax.pretrain, or set smoothed_pairwise or smoothed_ce"
+            " gram_jax.pretrain, or set smoothed_pairwise, judge or bradley_terry"
         )
     result = run_stage(config, _WORKDIR.value)
     entry.print_result(result, _WORKDIR.value)

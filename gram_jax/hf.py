@@ -40,6 +40,7 @@ from gram_jax.models.decoder import (
     weight_name,
 )
 from gram_jax.models.families import (
+    MODEL_TENSORS,
     config_values,
     model_config,
     tensor_name,
@@ -401,7 +402,7 @@ def _entries(model: Decoder, info: HfInfo) -> Iterator[_Entry]:
     config = model.config
     shapes, codes = tensor_shapes(config), {torch: code for code, (torch, _) in _DTYPES.items()}
     sources: dict[str, tuple[str, jax.Array, int | None]] = {}
-    for weight in MODEL_DIMS:
+    for weight in MODEL_TENSORS:
         if hasattr(model, weight):
             sources[tensor_name(weight)] = (weight, getattr(model, weight)[...], None)
     layer = 0

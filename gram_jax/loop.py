@@ -17,15 +17,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
-from gram_jax.config import FIXED, Config, differences, validate
+from gram_jax.config import FIXED, READINGS, Config, differences, validate
 from gram_jax.data.loader import device_batch
 from gram_jax.data.stage import data_folder, num_steps, stage_data
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
 from gram_jax.mesh import check_divides, make_mesh
+from gram_jax.models.adapters import adapters_of, attach
 from gram_jax.models.decoder import Decoder, abstract_decoder, init_decoder
 from gram_jax.objectives import Metrics, smoothing_floor
+from gram_jax.readouts import Readout
 from gram_jax.reporting import MetricsLog, NullLog, Progress
 from gram_jax.saving import CheckpointStore, NotFinite
 from gram_jax.signals import Preempted, StopRequest
@@ -109,7 +111,8 @@ class _Stage:
         check_divides(mesh, c.model, c.train.batch_rows // c.train.accumulate)
         self.steps = num_steps(c.train, self.data.per_row(c.data.weights))
         self.tx = make_optimizer(c.optimizer, self.steps)
-        graph, trainable, frozen = split_model(model, c.train.last_blocks)
+        model = attach(model, adapters_of(c), c.seed)
+        graph, trainable, frozen = split_model(model, c.train)
         if newest is None:
             self.start, self.state = 0, init_state(self.tx, trainable, frozen)
         else:
@@ -118,8 +121,10 @@ class _Stage:
             step, opt_state = jax.tree.map(lambda x: _on_devices(x, mesh), (step, opt_state))
             wanted = TrainState(step, trainable, frozen, opt_state)
             self.start, self.state = store.restore(wanted)
-        self.train_step = make_train_step(graph, self.tx, c.objective, self.data.sequences)
-        self.eval_step = make_eval_step(graph, c.objective, self.data.sequences)
+        reading = READINGS[c.objective.name]
+        readout = None if reading == "text" else Readout(reading, self.data.sequences)
+        self.train_step = make_train_step(graph, self.tx, c.objective, readout)
+        self.eval_step = make_eval_step(graph, c.objective, readout)
         self.last: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         peak = peak_flops(jax.devices()[0].device_kind)
@@ -213,9 +218,9 @@ class _Stage:
         shown: dict[str, float | str] = {"loss": values["loss"]}
         if "accuracy" in values:
             shown |= {k: values[k] for k in ("accuracy", "margin", "pairs")}
-            if self.config.objective.name == "smoothed_pairwise":
-                # The floor is that of the ranking loss; chosen_ce comes on top of it.
-                if self.config.objective.chosen_ce:
+            if self.config.objective.name != "smoothed_ce":
+                # The floor is that of the ranking loss; other terms come on top of it.
+                if values["loss"] != values["ranking_loss"]:
                     shown["ranking"] = values["ranking_loss"]
                 shown["floor"] = smoothing_floor(self.config.objective.label_smoothing)
         shown["tokens/s"] = rate

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gram_jax.config import ObjectiveConfig
 from gram_jax.models.decoder import Decoder
-from gram_jax.readouts import SequenceScores, likelihood, token_logprobs
+from gram_jax.readouts import Read, Readout, likelihood, read, token_logprobs
 from gram_jax.rows import Batch
 
 Metrics = dict[str, jax.Array]
@@ -61,38 +61,43 @@ def next_token(
 
 
 def objective(
-    model: Decoder, batch: Batch, config: ObjectiveConfig, sequences: int
+    model: Decoder, batch: Batch, config: ObjectiveConfig, readout: Readout | None
 ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
     """A batch's loss as (sum, (denominator, sums of metrics)).
 
     Denominators: weighted tokens for next_token, weighted pairs for the others. Every metric is a
     sum, divided like the loss. ``tokens`` and ``pairs`` are counts and are not divided.
-    ``sequences`` is S, the most that a row holds.
+    ``readout`` is how sequences are scored; None for next_token, which scores none.
     """
-    tokens = token_logprobs(model, batch)
     used = jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
-    if config.name == "next_token":
+    if readout is None:
+        tokens = token_logprobs(model, batch, model(batch))
         total, denominator = next_token(tokens.logprob, tokens.logz, batch.weights, config.z_loss)
         cross_entropy, _ = next_token(tokens.logprob, tokens.logz, batch.weights)
         return total, (denominator, {"loss": total, "nll": cross_entropy, "tokens": used})
-    scores = likelihood(tokens.logprob, batch.sequence_ids, sequences)
-    total, denominator, metrics = preference_loss(scores, batch, config)
+    found = read(model, batch, readout, label_mass=config.name == "judge_full_vocab")
+    total, denominator, metrics = preference_loss(found, batch, config)
     return total, (denominator, {**metrics, "tokens": used})
 
 
 def preference_loss(
-    scores: SequenceScores, batch: Batch, config: ObjectiveConfig
+    found: Read, batch: Batch, config: ObjectiveConfig
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Stage 2 on the likelihood readout: (sum over pairs, sum of pair weights, metric sums).
+    """Stage 2 on any readout: (sum over pairs, sum of pair weights, metric sums).
 
     ``smoothed_ce`` is (1 - e) CE(y_w) + e CE(y_l), the next-token loss with weights 1 - e and e on
     the two responses' tokens; it raises both likelihoods and is not a ranking loss by itself.
-    ``smoothed_pairwise`` is :func:`pairwise_loss` on D = b (s_a - s_b) - margin, where s is the
-    response's log-prob (less the reference model's, where there is one), summed or per token.
-    Both add g times the mean cross-entropy of the response labelled better, if chosen_ce = g > 0.
+    The others are :func:`pairwise_loss` on D = b (s_a - s_b) - margin. For ``smoothed_pairwise``, s
+    is the response's log-prob (less the reference model's, where there is one), summed or per
+    token; for ``bradley_terry`` the head's number. For ``judge``, s_a is z_A - z_B of a judge
+    prompt and s_b is 0, so the loss is the cross-entropy of the label over {A, B};
+    ``judge_full_vocab`` adds -log(p_A + p_B), which makes it that over the whole vocabulary.
+    ``centring`` = c adds c (s_a + s_b)^2. ``chosen_ce`` = g adds g times the mean cross-entropy of
+    the response labelled better (for ``bradley_terry``, the text-generation regulariser).
     """
+    scores = found.scores
     count = jnp.maximum(scores.num_tokens, 1)
-    own = scores.logprob / count if config.average == "mean" else scores.logprob
+    own = scores.score / count if config.average == "mean" else scores.score
     relative = own
     if batch.reference is not None:
         reference = batch.reference / count if config.average == "mean" else batch.reference
@@ -110,12 +115,19 @@ def preference_loss(
     difference = config.beta * (side(relative, batch.pair_a) - side(relative, batch.pair_b))
     difference = jnp.where(used, difference - batch.pair_margin, 0.0)
     ranking = pairwise_loss(difference, target)
-    if config.name == "smoothed_pairwise":
-        per_pair = ranking
-    else:
+    per_pair = ranking
+    if config.name == "smoothed_ce":
         per_pair = -target * side(own, batch.pair_a) - (1 - target) * side(own, batch.pair_b)
+    elif config.name == "judge_full_vocab":
+        assert found.label_mass is not None
+        per_pair = ranking - side(found.label_mass, batch.pair_a)
+    if config.centring:
+        both = side(own, batch.pair_a) + side(own, batch.pair_b)
+        per_pair = per_pair + config.centring * jnp.square(jnp.where(used, both, 0.0))
     if config.chosen_ce:
-        per_token = scores.logprob / count
+        assert found.tokens is not None
+        summed = likelihood(found.tokens.logprob, batch.sequence_ids, own.shape[1])
+        per_token = summed.score / jnp.maximum(summed.num_tokens, 1)
         better = jnp.where(
             batch.pair_target >= 0.5, side(per_token, batch.pair_a), side(per_token, batch.pair_b)
         )

@@ -24,7 +24,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from gram_jax.rows import Example, PackedRow, Pair, Part, RowShape, build_row
+from gram_jax.pair import Pair
+from gram_jax.rows import Example, PackedRow, Part, RowShape, build_row
 
 _SLACK = 0.01
 """Share of a row that may stay empty where filling it means cutting an example."""
@@ -66,7 +67,7 @@ class DoesNotFit(ValueError):
 
 
 class _Unit(NamedTuple):
-    """What must stay together: a pair, or a response that is in no pair."""
+    """What must stay together: a pair, or a response that is in none or compared with nothing."""
 
     members: tuple[int, ...]
     pair: Pair | None
@@ -75,22 +76,25 @@ class _Unit(NamedTuple):
 class _Piece:
     """Some units of an example. It is never changed, only replaced; ``number`` is the example's."""
 
-    __slots__ = ("example", "gone", "number", "pairs", "responses", "targets", "tokens", "units")
+    __slots__ = (
+        "example", "gone", "number", "pairs", "responses", "shape", "targets", "tokens", "units",
+    )  # fmt: skip
 
-    def __init__(self, number: int, example: Example, units: Sequence[_Unit]):
+    def __init__(self, number: int, example: Example, units: Sequence[_Unit], shape: RowShape):
         self.number = number
         self.example = example
         self.units = units
+        self.shape = shape
         self.responses = sorted({i for unit in units for i in unit.members})
         self.pairs = sum(unit.pair is not None for unit in units)
-        self.targets = sum(len(example.responses[i]) for i in self.responses)
+        self.targets = sum(shape.places(example.responses[i]) for i in self.responses)
         self.tokens = len(example.prompt) - 1 + self.targets
         self.gone = False  # from the pool: in a row, or replaced by smaller pieces
 
     def fits(self, shape: RowShape) -> bool:
         return (
             self.tokens <= shape.tokens
-            and self.targets <= shape.targets
+            and self.targets <= shape.branch_room
             and (shape.sequences == 0 or len(self.responses) <= shape.sequences)
             and self.pairs <= shape.pairs
         )
@@ -98,7 +102,11 @@ class _Piece:
     def without(self, unit: _Unit) -> tuple[_Piece, _Piece]:
         """A piece of this unit, and one of all others."""
         rest = [other for other in self.units if other is not unit]
-        return _Piece(self.number, self.example, (unit,)), _Piece(self.number, self.example, rest)
+        return self.of((unit,)), self.of(rest)
+
+    def of(self, units: Sequence[_Unit]) -> _Piece:
+        """A piece of these units of the same example."""
+        return _Piece(self.number, self.example, units, self.shape)
 
     def part(self) -> Part:
         pairs = tuple(unit.pair for unit in self.units if unit.pair is not None)
@@ -115,7 +123,7 @@ class _Row:
 
     def room(self) -> int:
         """Any piece of so many tokens fits, as far as tokens and targets are concerned."""
-        return min(self.shape.tokens - self.tokens, self.shape.targets - self.targets)
+        return min(self.shape.tokens - self.tokens, self.shape.branch_room - self.targets)
 
     def takes(self, sequences: int, pairs: int) -> bool:
         limit = self.shape.sequences
@@ -128,7 +136,7 @@ class _Row:
         old = self.pieces.pop(piece.number, None)
         if old is not None:
             self._count(old, -1)
-            piece = _Piece(piece.number, piece.example, [*old.units, *piece.units])
+            piece = piece.of([*old.units, *piece.units])
         self.pieces[piece.number] = piece
         self._count(piece, 1)
 
@@ -153,7 +161,7 @@ def pack(
     pieces: list[_Piece] = []
     own = number = 0
     for number, example in enumerate(examples, start=1):
-        own += example.num_tokens()
+        own += example.num_tokens(shape)
         pieces.extend(_cut(number, example, shape))
     rows = _fill_rows(pieces, shape)
     if counts is not None:
@@ -193,14 +201,14 @@ def _count(rows: Sequence[_Row], examples: int, own: int, counts: PackCounts) ->
 
 def _cut(number: int, example: Example, shape: RowShape) -> list[_Piece]:
     """Pieces that each fit a row: few tokens in all, and all but the last as large as they get."""
-    paired = {i for pair in example.pairs for i in (pair.a, pair.b)}
-    units = [_Unit((pair.a, pair.b), pair) for pair in example.pairs]
+    paired = {i for pair in example.pairs for i in pair.members()}
+    units = [_Unit(pair.members(), pair) for pair in example.pairs]
     units += [_Unit((i,), None) for i in range(len(example.responses)) if i not in paired]
-    whole = _Piece(number, example, units)
+    whole = _Piece(number, example, units, shape)
     if whole.fits(shape):
         return [whole]
     for unit in units:
-        alone = _Piece(number, example, (unit,))
+        alone = whole.of((unit,))
         if not alone.fits(shape):
             lengths = [len(example.responses[i]) for i in alone.responses]
             raise DoesNotFit(
@@ -217,9 +225,9 @@ def _cut_by(power: float, rest: _Piece, shape: RowShape) -> list[_Piece]:
     while not rest.fits(shape):
         taken = graph.take(rest.units)
         units = [unit for i, unit in enumerate(rest.units) if i in taken]
-        pieces.append(_Piece(rest.number, rest.example, units))
+        pieces.append(rest.of(units))
         units = [unit for i, unit in enumerate(rest.units) if i not in taken]
-        rest = _Piece(rest.number, rest.example, units)
+        rest = rest.of(units)
     return [*pieces, rest]
 
 
@@ -237,24 +245,24 @@ class _Graph:
     """The responses of an example and the pairs among them that are still to be placed."""
 
     def __init__(self, whole: _Piece, shape: RowShape, power: float):
-        self._lengths = [len(response) for response in whole.example.responses]
-        self._room = min(shape.tokens - len(whole.example.prompt) + 1, shape.targets)
+        self._lengths = [shape.places(response) for response in whole.example.responses]
+        self._room = min(shape.tokens - len(whole.example.prompt) + 1, shape.branch_room)
         self._max_sequences = shape.sequences or len(self._lengths)
         self._max_pairs = shape.pairs
         self._power = power
         self._near: list[dict[int, int]] = [{} for _ in self._lengths]  # how many pairs with whom
         for unit in whole.units:
-            if unit.pair is not None:
+            if len(unit.members) == 2:
                 a, b = unit.members
                 self._near[a][b] = self._near[b][a] = self._near[a].get(b, 0) + 1
 
     def take(self, units: Sequence[_Unit]) -> set[int]:
         """Which of the units make one row, by their places; their pairs leave the graph."""
-        chosen = self._grow([unit.members for unit in units if unit.pair is not None])
+        chosen = self._grow([unit.members for unit in units if len(unit.members) == 2])
         taken: set[int] = set()
         singles: dict[int, list[int]] = {}
         for i, unit in enumerate(units):
-            if unit.pair is None:
+            if len(unit.members) == 1:
                 singles.setdefault(self._lengths[unit.members[0]], []).append(i)
             elif len(taken) < self._max_pairs and chosen.issuperset(unit.members):
                 taken.add(i)
@@ -262,11 +270,14 @@ class _Graph:
                 self._near[a][b] = self._near[b][a] = self._near[a][b] - 1
                 if not self._near[a][b]:
                     del self._near[a][b], self._near[b][a]
-        # A response in no pair is worth its length, so the best are those that fill what is left.
+        # What is in no pair with another is worth its length: the best fill what is left.
         counted = {size: len(places) for size, places in singles.items()}
         room = self._room - sum(self._lengths[i] for i in chosen)
         sizes = _closest(sorted(counted), counted, room)
-        taken.update(singles[size].pop() for size in sizes[: self._max_sequences - len(chosen)])
+        most = self._max_sequences - len(chosen)
+        if self._max_pairs and any(unit.pair is not None for unit in units):
+            most = min(most, self._max_pairs - len(taken))
+        taken.update(singles[size].pop() for size in sizes[:most])
         return taken
 
     def _grow(self, pairs: list[tuple[int, ...]]) -> frozenset[int]:
@@ -438,7 +449,7 @@ class _Pool:
 def _losses(piece: _Piece) -> Iterator[tuple[_Unit, int, int]]:
     """For each unit its tokens when it stands alone, and how many of them the rest repeats."""
     prefix = len(piece.example.prompt) - 1
-    lengths = {i: len(piece.example.responses[i]) for i in piece.responses}
+    lengths = {i: piece.shape.places(piece.example.responses[i]) for i in piece.responses}
     uses = dict.fromkeys(piece.responses, 0)
     for unit in piece.units:
         for i in unit.members:

@@ -1,19 +1,40 @@
 """Readouts: from a row's hidden states to one score per sequence.
 
-So far the likelihood: a sequence's score is the sum, or the per-token mean, of the log-probs of its
-response's tokens.
+  likelihood  the sum of the log-probs of the response's tokens (the mean is taken later)
+  judge       z_A - z_B at the judge prompt's last token: the log-odds of the two labels
+  head        a linear head on the hidden state of the response's last token
+
+The judge computes two columns of the unembedding at one position, the head one dot product; neither
+meets the vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gram_jax.logprobs import target_logprobs_and_logz
+from gram_jax.mesh import out_spec, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.rows import Batch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Readout:
+    """How sequences are scored; a static argument of jitted functions.
+
+    Attributes:
+      reading: "likelihood", "judge" or "head".
+      sequences: S, the most sequences that a row holds.
+      labels: ids of the judge's labels, that of "the first is better" first.
+    """
+
+    reading: str
+    sequences: int
+    labels: tuple[int, int] | None = None
 
 
 class TokenLogprobs(NamedTuple):
@@ -26,18 +47,55 @@ class TokenLogprobs(NamedTuple):
 class SequenceScores(NamedTuple):
     """Per sequence number s (place s - 1), [B, S]; absent sequences hold 0 and count 0."""
 
-    logprob: jax.Array  # float32: sum over the response's tokens
-    num_tokens: jax.Array  # int32
+    score: jax.Array  # float32: log-prob of the response; z_A - z_B; the head's number
+    num_tokens: jax.Array  # int32: tokens that the score was added up over; 1 for judge and head
 
 
-def token_logprobs(model: Decoder, batch: Batch) -> TokenLogprobs:
-    """log p(target given all before it) at each target slot."""
-    hidden_btd = model(batch)
+class Read(NamedTuple):
+    """What an objective works on; what a readout does not give is None."""
+
+    scores: SequenceScores
+    tokens: TokenLogprobs | None  # where the rows have target slots
+    label_mass: jax.Array | None  # judge: log(p_A + p_B) over the whole vocabulary, [B, S]
+
+
+def token_logprobs(model: Decoder, batch: Batch, hidden_btd: jax.Array) -> TokenLogprobs:
+    """log p(target given all before it) at each target slot, from the decoder's hidden states."""
     hidden_bmd = jnp.take_along_axis(hidden_btd, batch.target_index[..., None], axis=1)
     logprob, logz = target_logprobs_and_logz(
         hidden_bmd, model.unembedding_vd(), batch.targets, chunk=model.compute.logprob_chunk
     )
     return TokenLogprobs(logprob, logz)
+
+
+def read(model: Decoder, batch: Batch, readout: Readout, *, label_mass: bool = False) -> Read:
+    """Scores of the sequences of B rows, and the log-probs of their targets if they have slots.
+
+    ``label_mass``: also the judge's log(p_A + p_B), which takes the whole vocabulary at the places
+    that are read.
+    """
+    hidden_btd = model(batch)
+    tokens = None if batch.targets is None else token_logprobs(model, batch, hidden_btd)
+    if readout.reading == "likelihood":
+        if tokens is None:
+            raise ValueError("these rows have no targets, so responses have no log-probs")
+        scores = likelihood(tokens.logprob, batch.sequence_ids, readout.sequences)
+        return Read(scores, tokens, None)
+    hidden_bsd = jnp.take_along_axis(hidden_btd, batch.readout_index[..., None], axis=1)
+    if readout.reading == "head":
+        score_bs = head_scores(hidden_bsd, model.head[...])
+        return Read(_present(score_bs, batch), tokens, None)
+    assert readout.labels is not None
+    logits_bsl = label_logits(hidden_bsd, model.unembedding_vd(), readout.labels)
+    mass_bs = None
+    if label_mass:
+        first = jnp.full(batch.readout_index.shape, readout.labels[0], jnp.int32)
+        first = jax.reshard(first, jax.typeof(batch.readout_index).sharding)
+        _, logz_bs = target_logprobs_and_logz(
+            hidden_bsd, model.unembedding_vd(), first, chunk=model.compute.logprob_chunk
+        )
+        mass_bs = jax.nn.logsumexp(logits_bsl, axis=-1) - logz_bs
+    return Read(_present(logits_bsl[..., 0] - logits_bsl[..., 1], batch), tokens, mass_bs)
 
 
 def likelihood(logprob_bm: jax.Array, sequence_ids_bm: jax.Array, sequences: int) -> SequenceScores:
@@ -50,3 +108,29 @@ def likelihood(logprob_bm: jax.Array, sequence_ids_bm: jax.Array, sequences: int
         return SequenceScores(total[1:], count[1:])
 
     return SequenceScores(*jax.vmap(per_row)(logprob_bm, sequence_ids_bm))
+
+
+def label_logits(
+    hidden_bsd: jax.Array, unembedding_vd: jax.Array, labels: tuple[int, int]
+) -> jax.Array:
+    """Logits of the two labels, float32 [B, S, 2]: two columns of the unembedding, not V.
+
+    The labels' logits, not the orders', are what a softmax compares (method: judge).
+    """
+    ids = jnp.array(labels, jnp.int32)
+    rows_ld = unembedding_vd.at[ids].get(out_sharding=out_spec("LD"))
+    rows_ld = whole(rows_ld).astype(hidden_bsd.dtype)
+    return jnp.einsum("bsd,ld->bsl", hidden_bsd, rows_ld, preferred_element_type=jnp.float32)
+
+
+def head_scores(hidden_bsd: jax.Array, head_d: jax.Array) -> jax.Array:
+    """s = <h, w> of each read place, float32 [B, S]."""
+    return jnp.einsum(
+        "bsd,d->bs", hidden_bsd, head_d.astype(hidden_bsd.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _present(score_bs: jax.Array, batch: Batch) -> SequenceScores:
+    """Scores of the sequences that are there; place 0 is never the last token of one."""
+    there = batch.readout_index != 0
+    return SequenceScores(jnp.where(there, score_bs, 0.0), there.astype(jnp.int32))

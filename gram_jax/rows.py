@@ -11,6 +11,11 @@ so the hidden state of every branch token predicts one token of the response. A 
 the key is not later in the row, belongs to the same segment, and lies in the prefix or in the
 query's own branch. A document of plain text is an example whose prompt is one token.
 
+A judge and a reward head read the hidden state of a sequence's *last* token. Rows for them hold
+that token too (the branch ends with y_m), and say where it stands (``readout_index``); they need
+target slots only where a loss on tokens is added. A judge's sequence is a whole judge prompt: what
+it shares with others up to the first response is the prefix, the rest is a branch.
+
 Letters: B rows, T tokens, M targets, S sequences, P pairs per row.
 """
 
@@ -24,32 +29,33 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from gram_jax.pair import Pair
+
 IntArray = npt.NDArray[np.int32]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowShape:
-    """Static sizes of a row: T tokens, M targets, S sequences and P pairs (both 0 in text rows)."""
+    """Static sizes of a row: T tokens, M targets, S sequences and P pairs (both 0 in text rows).
+
+    With ``readouts``, branches hold the last token of their response, and its place is kept. M may
+    then be 0: no target slots.
+    """
 
     tokens: int
     targets: int
     sequences: int = 0
     pairs: int = 0
+    readouts: bool = False
 
+    def places(self, response: IntArray) -> int:
+        """Places that the branch of a response takes."""
+        return len(response) + self.readouts
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pair:
-    """A comparison of responses ``a`` and ``b`` (their places in an example's ``responses``).
-
-    ``target`` is the probability that a is better, ``weight`` scales its loss, ``margin`` is
-    subtracted from the difference of the scores.
-    """
-
-    a: int
-    b: int
-    target: float = 1.0
-    weight: float = 1.0
-    margin: float = 0.0
+    @property
+    def branch_room(self) -> int:
+        """Places for the branches of a row."""
+        return self.targets or self.tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -66,12 +72,9 @@ class Example:
     reference: tuple[float, ...] | None = None
     key: int = 0
 
-    def num_tokens(self) -> int:
-        """Places it takes in a row: the prefix once, each response in full."""
-        return len(self.prompt) - 1 + self.num_targets()
-
-    def num_targets(self) -> int:
-        return sum(map(len, self.responses))
+    def num_tokens(self, shape: RowShape) -> int:
+        """Places it takes in a row of this shape: the prefix once, then each branch."""
+        return len(self.prompt) - 1 + sum(map(shape.places, self.responses))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -94,12 +97,13 @@ class Batch:
     positions: Any  # [B, T] int32: for RoPE and windows; restart per example
     segment_ids: Any  # [B, T] int32: example number within the row, 0 = padding
     branch_ids: Any  # [B, T] int32: 0 = shared prefix, k >= 1 = k-th continuation
-    target_index: Any  # [B, M] int32: place in the row whose hidden state predicts the target
-    targets: Any  # [B, M] int32: id to predict
-    weights: Any  # [B, M] float32: loss weight, 0 = unused slot
+    target_index: Any = None  # [B, M] int32: place whose hidden state predicts the target
+    targets: Any = None  # [B, M] int32: id to predict
+    weights: Any = None  # [B, M] float32: loss weight, 0 = unused slot
+    readout_index: Any = None  # [B, S] int32: place of each sequence's last token
     sequence_ids: Any = None  # [B, M] int32: sequence the target belongs to, 1..S, 0 = none
     pair_a: Any = None  # [B, P] int32: sequence number, 0 = none
-    pair_b: Any = None  # [B, P] int32
+    pair_b: Any = None  # [B, P] int32: 0 = a is compared with nothing, whose score is 0
     pair_target: Any = None  # [B, P] float32: probability that a is better
     pair_weight: Any = None  # [B, P] float32: 0 = unused slot
     pair_margin: Any = None  # [B, P] float32
@@ -122,12 +126,15 @@ def empty_row(shape: RowShape, *, reference: bool = False) -> Batch:
         positions=np.zeros(t, np.int32),
         segment_ids=np.zeros(t, np.int32),
         branch_ids=np.zeros(t, np.int32),
-        target_index=np.zeros(m, np.int32),
-        targets=np.zeros(m, np.int32),
-        weights=np.zeros(m, np.float32),
     )
-    if s:
+    if m:
+        row.target_index = np.zeros(m, np.int32)
+        row.targets = np.zeros(m, np.int32)
+        row.weights = np.zeros(m, np.float32)
+    if m and s:
         row.sequence_ids = np.zeros(m, np.int32)
+    if shape.readouts:
+        row.readout_index = np.zeros(s, np.int32)
     if p:
         row.pair_a = np.zeros(p, np.int32)
         row.pair_b = np.zeros(p, np.int32)
@@ -154,26 +161,29 @@ def build_row(parts: Sequence[Part], shape: RowShape) -> PackedRow:
         numbers: dict[int, int] = {}
         for branch, index in enumerate(part.responses, start=1):
             response = example.responses[index]
-            n = len(response)
+            n, places = len(response), shape.places(response)
             row.tokens[at] = example.prompt[-1]
-            row.tokens[at + 1 : at + n] = response[:-1]
-            row.positions[at : at + n] = prefix + np.arange(n)
-            row.branch_ids[at : at + n] = branch
-            row.target_index[slot : slot + n] = at + np.arange(n)
-            row.targets[slot : slot + n] = response
-            row.weights[slot : slot + n] = 1.0
+            row.tokens[at + 1 : at + places] = response[: places - 1]
+            row.positions[at : at + places] = prefix + np.arange(places)
+            row.branch_ids[at : at + places] = branch
             origins.append((example.key, index))
             numbers[index] = len(origins)
+            if shape.targets:
+                row.target_index[slot : slot + n] = at + np.arange(n)
+                row.targets[slot : slot + n] = response
+                row.weights[slot : slot + n] = 1.0
+                slot += n
             if row.sequence_ids is not None:
-                row.sequence_ids[slot : slot + n] = numbers[index]
+                row.sequence_ids[slot - n : slot] = numbers[index]
             if example.reference is not None:
                 row.reference[numbers[index] - 1] = example.reference[index]
-            at += n
-            slot += n
+            at += places
+            if row.readout_index is not None:
+                row.readout_index[numbers[index] - 1] = at - 1
         row.segment_ids[start:at] = segment
         for pair in part.pairs:
             row.pair_a[pair_slot] = numbers[pair.a]
-            row.pair_b[pair_slot] = numbers[pair.b]
+            row.pair_b[pair_slot] = 0 if pair.b is None else numbers[pair.b]
             row.pair_target[pair_slot] = pair.target
             row.pair_weight[pair_slot] = pair.weight
             row.pair_margin[pair_slot] = pair.margin
@@ -202,9 +212,8 @@ def _problems(row: Batch, vocab_size: int) -> Iterator[str]:
     """The rules that a row breaks, in words."""
     segment, branch, position = row.segment_ids, row.branch_ids, row.positions
     used = int((segment != 0).sum())
-    for name, ids in (("tokens", row.tokens), ("targets", row.targets)):
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
-            yield f"{name} has ids outside [0, {vocab_size})"
+    if row.tokens.min(initial=0) < 0 or row.tokens.max(initial=0) >= vocab_size:
+        yield f"tokens has ids outside [0, {vocab_size})"
     if (segment[:used] == 0).any() or (np.diff(segment[:used]) < 0).any():
         yield "segment_ids must count 1, 2, ... and padding must come last"
     for number in range(1, int(segment.max(initial=0)) + 1):
@@ -222,13 +231,31 @@ def _problems(row: Batch, vocab_size: int) -> Iterator[str]:
             run = p[b == k]
             if (run != prefix + np.arange(len(run))).any():
                 yield f"segment {number} branch {k}: positions must go on from the prefix"
+    if row.weights is not None:
+        yield from _target_problems(row, vocab_size, used)
+    top = 0 if row.sequence_ids is None else int(row.sequence_ids.max(initial=0))
+    if row.readout_index is not None:
+        yield from _readout_problems(row, used)
+        top = max(top, int((row.readout_index != 0).sum()))
+    if row.pair_a is not None:
+        pairs = row.pair_weight != 0
+        for name, side in (("pair_a", row.pair_a), ("pair_b", row.pair_b)):
+            if (side[pairs] < 0).any() or (side > top).any():
+                yield f"{name} names a sequence that is not in the row"
+        if ((row.pair_target < 0) | (row.pair_target > 1)).any():
+            yield "pair_target must be in [0, 1]"
+
+
+def _target_problems(row: Batch, vocab_size: int, used: int) -> Iterator[str]:
+    if row.targets.min(initial=0) < 0 or row.targets.max(initial=0) >= vocab_size:
+        yield f"targets has ids outside [0, {vocab_size})"
     live = row.weights != 0
     index = row.target_index[live]
     if (index >= used).any() or (index < 0).any():
         yield "target_index points into the padding"
     if len(np.unique(index)) != len(index):
         yield "target_index: one place predicts two targets"
-    if (branch[index] == 0).any():
+    if (row.branch_ids[index] == 0).any():
         yield "target_index points into a shared prefix"
     if row.sequence_ids is not None:
         if ((row.sequence_ids != 0) != live).any():
@@ -236,11 +263,18 @@ def _problems(row: Batch, vocab_size: int) -> Iterator[str]:
         inner = np.flatnonzero((np.diff(row.sequence_ids) == 0) & (row.sequence_ids[1:] != 0))
         if (row.tokens[row.target_index[inner + 1]] != row.targets[inner]).any():
             yield "targets: the token after a target is not that target"
-    if row.pair_a is not None:
-        top = int(row.sequence_ids.max(initial=0))
-        pairs = row.pair_weight != 0
-        for name, side in (("pair_a", row.pair_a), ("pair_b", row.pair_b)):
-            if (side[pairs] < 0).any() or (side > top).any():
-                yield f"{name} names a sequence that is not in the row"
-        if ((row.pair_target < 0) | (row.pair_target > 1)).any():
-            yield "pair_target must be in [0, 1]"
+
+
+def _readout_problems(row: Batch, used: int) -> Iterator[str]:
+    index = row.readout_index[row.readout_index != 0]
+    if (index >= used).any() or (index < 0).any():
+        yield "readout_index points into the padding"
+        return
+    # Branches of one example, and examples, follow one another: a branch ends where either changes.
+    ends = np.flatnonzero(
+        (np.diff(row.branch_ids[:used], append=-1) != 0)
+        | (np.diff(row.segment_ids[:used], append=-1) != 0)
+    )
+    ends = ends[row.branch_ids[ends] != 0]
+    if not np.array_equal(index, ends):
+        yield "readout_index must name the last place of each branch, in order"

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 from gram_jax.mesh import put, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.packing import PackCounts, pack
-from gram_jax.readouts import SequenceScores, likelihood, token_logprobs
+from gram_jax.readouts import Readout, SequenceScores, read
 from gram_jax.rows import Batch, Example, PackedRow, RowShape, empty_row
 from gram_jax.rows import stack_rows as stack
 
@@ -42,14 +42,14 @@ class Scored(NamedTuple):
     Attributes:
       key: the example's key.
       response: the response's place in the example.
-      logprob: sum over its tokens of log p(token given all before it).
-      num_tokens: how many these are.
+      score: sum over its tokens of log p(token given all before it); or the judge's or the head's.
+      num_tokens: how many tokens were added up; 1 for a judge and a head.
       token_logprobs: float32 [num_tokens], or None where they were not asked for.
     """
 
     key: int
     response: int
-    logprob: float
+    score: float
     num_tokens: int
     token_logprobs: FloatArray | None
 
@@ -63,34 +63,37 @@ class EngineCounts:
     compile_seconds: float = 0.0  # of tracing and compiling, or of loading from the cache
 
 
-@functools.partial(jax.jit, static_argnames=("sequences", "per_token"))
+@functools.partial(jax.jit, static_argnames=("readout", "per_token"))
 def score_rows(
-    model: Decoder, batch: Batch, sequences: int, per_token: bool = False
+    model: Decoder, batch: Batch, readout: Readout, per_token: bool = False
 ) -> tuple[SequenceScores, jax.Array | None]:
     """Scores of the sequences of B rows.
 
     Args:
       model: a decoder.
-      batch: rows with ``sequence_ids``; padding rows are allowed.
-      sequences: S, the largest number of sequences a row may hold.
+      batch: rows with ``sequence_ids``, or ``readout_index``; padding rows are allowed.
+      readout: what a score is.
       per_token: also return the log-prob of each target.
 
     Returns:
       SequenceScores of [B, S], and float32 [B, M] or None; on a mesh, whole on every device. Absent
       sequences count 0 tokens; unused target slots hold finite numbers that mean nothing.
     """
-    logprob_bm = token_logprobs(model, batch).logprob
-    scores = likelihood(logprob_bm, batch.sequence_ids, sequences)
-    return jax.tree.map(whole, (scores, logprob_bm if per_token else None))
+    found = read(model, batch, readout)
+    logprob_bm = found.tokens.logprob if per_token and found.tokens else None
+    return jax.tree.map(whole, (found.scores, logprob_bm))
 
 
-def scoring_shape(row_length: int) -> RowShape:
+def scoring_shape(row_length: int, reading: str = "likelihood") -> RowShape:
     """Rows of so many tokens in which neither targets nor sequences are what runs out first.
 
     Room for sequences costs two numbers each. Only responses of fewer than four tokens after a
     shared prompt could need more, and then go on in the next row.
     """
-    return RowShape(row_length, row_length, max(row_length // 4, 1))
+    readouts = reading != "likelihood"
+    return RowShape(
+        row_length, 0 if readouts else row_length, max(row_length // 4, 1), readouts=readouts
+    )
 
 
 def score_examples(
@@ -99,6 +102,7 @@ def score_examples(
     shape: RowShape,
     batch_rows: int,
     *,
+    readout: Readout | None = None,
     mesh: Mesh | None = None,
     per_token: bool = False,
     window: int = 1024,
@@ -114,6 +118,7 @@ def score_examples(
       examples: read as they are needed.
       shape: of the rows; see :func:`scoring_shape`.
       batch_rows: rows computed at once; divides by the mesh's data x fsdp.
+      readout: what a score is; None = the log-prob.
       mesh: what the model is spread over, or None for one device.
       per_token: also the log-prob of each token.
       window: examples that are packed together.
@@ -126,7 +131,10 @@ def score_examples(
     windows = iter(lambda: list(itertools.islice(remaining, window)), [])
     rows = (row for some in windows for row in pack(some, shape, counts=counts))
     batches = iter(lambda: list(itertools.islice(rows, batch_rows)), [])
-    for scores in score_batches(model, batches, shape, batch_rows, mesh=mesh, per_token=per_token):
+    scored = score_batches(
+        model, batches, shape, batch_rows, readout=readout, mesh=mesh, per_token=per_token
+    )
+    for scores in scored:
         yield from scores
 
 
@@ -136,6 +144,7 @@ def score_batches(
     shape: RowShape,
     batch_rows: int,
     *,
+    readout: Readout | None = None,
     mesh: Mesh | None = None,
     per_token: bool = False,
     counts: EngineCounts | None = None,
@@ -146,6 +155,7 @@ def score_batches(
     batch of fewer rows is filled up with rows of padding.
     """
     counts = counts if counts is not None else EngineCounts()
+    readout = readout or Readout("likelihood", shape.sequences)
     compiled: set[int] = set()
     previous: tuple[Sequence[PackedRow], Any] | None = None
     for rows in batches:
@@ -153,10 +163,11 @@ def score_batches(
         started = time.monotonic()
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
             placed = jax.device_put(batch) if mesh is None else put(batch, mesh)
-            result = score_rows(model, placed, shape.sequences, per_token)
-        if batch.targets.shape[1] not in compiled:
+            result = score_rows(model, placed, readout, per_token)
+        slots = 0 if batch.targets is None else batch.targets.shape[1]
+        if slots not in compiled:
             # A call returns before its work is done, but only after compiling.
-            compiled.add(batch.targets.shape[1])
+            compiled.add(slots)
             counts.compile_seconds += time.monotonic() - started
         for leaf in jax.tree.leaves(result):
             leaf.copy_to_host_async()
@@ -173,6 +184,8 @@ def _assemble(rows: Sequence[PackedRow], shape: RowShape, batch_rows: int) -> Ba
     """Rows as one batch, filled up with padding, without the target slots that no row uses."""
     filler = [empty_row(shape)] * (batch_rows - len(rows))
     batch = stack([row.batch for row in rows] + filler)
+    if batch.weights is None:
+        return batch
     used = int((batch.weights != 0).sum(axis=1).max())
     slots = shape.targets
     while slots % 2 == 0 and slots // 2 >= used and slots > shape.targets // 4:
@@ -188,7 +201,7 @@ def _fetch(
     rows: Sequence[PackedRow], result: tuple[SequenceScores, jax.Array | None]
 ) -> list[Scored]:
     """Waits for a batch and names its numbers."""
-    (logprob_bs, num_tokens_bs), logprob_bm = jax.device_get(result)
+    (score_bs, num_tokens_bs), logprob_bm = jax.device_get(result)
     scored = []
     for b, row in enumerate(rows):
         slot = 0
@@ -196,6 +209,6 @@ def _fetch(
             n = int(num_tokens_bs[b, s])
             # Sequences fill the target slots one after the other.
             tokens = None if logprob_bm is None else logprob_bm[b, slot : slot + n]
-            scored.append(Scored(key, response, float(logprob_bs[b, s]), n, tokens))
+            scored.append(Scored(key, response, float(score_bs[b, s]), n, tokens))
             slot += n
     return scored

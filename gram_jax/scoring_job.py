@@ -409,7 +409,7 @@ class _Running:
 
     def _row(self, line: Line, job: ScoringJob) -> dict[str, Any]:
         scores = [self._scores[place] for place in line.places]
-        if not all(math.isfinite(score.logprob) for score in scores):
+        if not all(math.isfinite(score.score) for score in scores):
             raise UserError(
                 f"{job.input}:{line.number}: the model gives a log-prob that is not finite; its"
                 " weights may be damaged, or too large for the compute dtype"
@@ -418,9 +418,9 @@ class _Running:
         def column(values: list[Any]) -> Any:
             return values[0] if line.single else values
 
-        rewards = [s.logprob / (s.num_tokens if job.average == "mean" else 1) for s in scores]
+        rewards = [s.score / (s.num_tokens if job.average == "mean" else 1) for s in scores]
         row = dict(line.row)
-        row["logprob"] = column([_short(score.logprob) for score in scores])
+        row["logprob"] = column([_short(score.score) for score in scores])
         row["num_tokens"] = column([score.num_tokens for score in scores])
         row["reward"] = column([_short(reward) for reward in rewards])
         if job.per_token:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gram_jax.config import ObjectiveConfig, OptimizerConfig
+from gram_jax.config import ObjectiveConfig, OptimizerConfig, TrainConfig
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import Decoder, is_matrix, weight_dims, weight_name
 from gram_jax.objectives import Metrics, objective
+from gram_jax.readouts import Readout
 from gram_jax.rows import Batch
 
 COUNTS = ("tokens", "pairs")
@@ -37,18 +38,20 @@ class TrainState:
     opt_state: Any
 
 
-def split_model(model: Decoder, last_blocks: int) -> tuple[Any, Any, Any]:
-    """(structure, trainable, frozen). ``last_blocks`` = k trains the last k blocks and the norm.
+def split_model(model: Decoder, train: TrainConfig) -> tuple[Any, Any, Any]:
+    """(structure, trainable, frozen), as ``last_blocks`` or ``head_only`` say; else all is trained.
 
     Raises:
-      UserError: the model has no k blocks to train.
+      UserError: the model has no ``last_blocks`` blocks to train.
     """
-    depth = model.config.num_layers
+    depth, last_blocks = model.config.num_layers, train.last_blocks
+    if last_blocks > depth:
+        raise UserError(f"train.last_blocks={last_blocks}, but the model has {depth} blocks")
+    if train.head_only:
+        return cast(tuple[Any, Any, Any], nnx.split(model, lambda path, _: path[0] == "head", ...))
     if last_blocks == 0:
         graph, trainable = nnx.split(model)
         return graph, trainable, nnx.State({})
-    if last_blocks > depth:
-        raise UserError(f"train.last_blocks={last_blocks}, but the model has {depth} blocks")
     stack = 0
     if last_blocks < depth:
         # On shapes alone as well, where a state is described before it is restored.
@@ -57,7 +60,7 @@ def split_model(model: Decoder, last_blocks: int) -> tuple[Any, Any, Any]:
         model, stack = model.split_stacks(last_blocks) if shapes_only else run(model), 1
 
     def is_trainable(path: tuple[Any, ...], _: Any) -> bool:
-        return path[0] == "norm" or path[:2] == ("stacks", stack)
+        return path[0] in ("norm", "head") or path[:2] == ("stacks", stack)
 
     return cast(tuple[Any, Any, Any], nnx.split(model, is_trainable, ...))
 
@@ -107,7 +110,7 @@ def init_state(tx: optax.GradientTransformation, trainable: Any, frozen: Any) ->
 
 
 def make_train_step(
-    graph: Any, tx: optax.GradientTransformation, config: ObjectiveConfig, sequences: int
+    graph: Any, tx: optax.GradientTransformation, config: ObjectiveConfig, readout: Readout | None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step over a batch of shape [parts, rows, ...].
 
@@ -116,7 +119,7 @@ def make_train_step(
     """
 
     def loss(trainable: Any, frozen: Any, part: Batch) -> Any:
-        return objective(merge_model(graph, trainable, frozen), part, config, sequences)
+        return objective(merge_model(graph, trainable, frozen), part, config, readout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def sums(part: Batch) -> Any:
@@ -138,13 +141,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    graph: Any, config: ObjectiveConfig, sequences: int
+    graph: Any, config: ObjectiveConfig, readout: Readout | None
 ) -> Callable[[TrainState, Batch], Any]:
     """The jitted (denominator, metric sums) of a batch of shape [parts, rows, ...], no gradient."""
 
     def eval_step(state: TrainState, batch: Batch) -> Any:
         model = merge_model(graph, state.trainable, state.frozen)
-        return _sum_over_parts(lambda part: objective(model, part, config, sequences)[1], batch)
+        return _sum_over_parts(lambda part: objective(model, part, config, readout)[1], batch)
 
     return jax.jit(eval_step)
 

@@ -55,7 +55,7 @@ def new_state(mesh=None, seed=0, dtype=None):
     model = tiny.decoder(MODEL, mesh=mesh, seed=seed)
     if dtype:
         model = jax.tree.map(lambda x: x.astype(dtype), model)
-    _, trainable, frozen = split_model(model, LAST_BLOCKS)
+    _, trainable, frozen = split_model(model, TrainConfig(last_blocks=LAST_BLOCKS))
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         state = init_state(make_optimizer(OptimizerConfig(), 10), trainable, frozen)
     opt_state = jax.tree.map(lambda x: x + jnp.asarray(seed + 3, x.dtype), state.opt_state)
@@ -123,7 +123,7 @@ def test_weights_are_loaded_in_the_dtype_asked_for(stored, dtype, tmp_path):
     save(tmp_path, [1], state)
     for path in (tmp_path, tmp_path / "checkpoints" / "1"):
         model = load_model(path, tiny.COMPUTE, dtype=dtype).model
-        graph, *_ = split_model(tiny.decoder(MODEL), LAST_BLOCKS)
+        graph, *_ = split_model(tiny.decoder(MODEL), TrainConfig(last_blocks=LAST_BLOCKS))
         whole = merge_model(graph, state.trainable, state.frozen).joined_stacks()
         expected = jax.tree.map(lambda x: x.astype(dtype or stored), whole)
         assert same(model, expected)

@@ -173,6 +173,8 @@ BREAKING = {
     (DataConfig, 5): {"data__max_prompt": 1024},
     (ObjectiveConfig, 0): {"objective__label_smoothing": 0.5},
     (ObjectiveConfig, 1): {"objective__beta": 0.0},
+    (ObjectiveConfig, 2): {"objective__centring": 0.1},
+    (ObjectiveConfig, 3): {"objective__name": "judge", "objective__chosen_ce": 0.1},
     (OptimizerConfig, 0): {"optimizer__learning_rate": 0.0},
     (OptimizerConfig, 1): {"optimizer__warmup": 0.9},
     (TrainConfig, 0): {"train__length": 0.0},
@@ -182,7 +184,13 @@ BREAKING = {
     (CheckpointConfig, 1): {"checkpoint__keep_every": -1},
     (Config, 0): {"train__last_blocks": 9},
     (Config, 1): {"data__format": "preferences"},
-    (Config, 2): {"data__reference_field": "logprob"},
+    (Config, 2): {"train__head_only": True},
+    (Config, 3): {
+        "objective__name": "bradley_terry",
+        "train__head_only": True,
+        "train__last_blocks": 1,
+    },
+    (Config, 4): {"data__reference_field": "logprob"},
 }
 
 

@@ -21,7 +21,7 @@ from gram_jax.objectives import (
     smoothing_floor,
 )
 from gram_jax.packing import pack
-from gram_jax.readouts import SequenceScores, likelihood
+from gram_jax.readouts import Read, Readout, SequenceScores, TokenLogprobs, likelihood
 from gram_jax.rows import Batch, RowShape, stack_rows
 
 EPSILONS = [0.0, 0.05, 0.1, 0.3]
@@ -125,7 +125,9 @@ def config(name="smoothed_pairwise", **options):
 @functools.partial(jax.jit, static_argnames="options")
 def run(logprob, batch, options):
     scores = likelihood(logprob, batch.sequence_ids, SEQUENCES)
-    total, denominator, metrics = preference_loss(scores, batch, config(**dict(options)))
+    total, denominator, metrics = preference_loss(
+        Read(scores, TokenLogprobs(logprob, logprob), None), batch, config(**dict(options))
+    )
     return total, {"denominator": denominator, **metrics}
 
 
@@ -204,7 +206,7 @@ def test_a_reference_shifts_the_difference_and_nothing_else(batch, logprob, aver
 
 @pytest.mark.parametrize("average", ["sum", "mean"])
 def test_a_reference_of_the_models_own_scores_leaves_no_difference(batch, logprob, average):
-    own = np.asarray(likelihood(logprob, batch.sequence_ids, SEQUENCES).logprob)
+    own = np.asarray(likelihood(logprob, batch.sequence_ids, SEQUENCES).score)
     found = loss(logprob, changed(batch, reference=own), average=average)
     assert found["loss"] == pytest.approx(found["pairs"] * math.log(2), rel=1e-6)
     assert found["margin"] == 0
@@ -296,7 +298,7 @@ def test_accuracy_and_margin_count_ties_as_half():
     unread = dict.fromkeys(Batch.__dataclass_fields__)
     counts = np.ones((1, 3), np.int32)
     _, denominator, metrics = preference_loss(
-        SequenceScores(scores, counts), Batch(**unread | batch), config()
+        Read(SequenceScores(scores, counts), None, None), Batch(**unread | batch), config()
     )
     assert denominator == metrics["pairs"] == 5
     assert metrics["accuracy"] == 1 + 0 + 0.5 + 0.5 + 1
@@ -311,7 +313,12 @@ def test_the_objective_of_a_model_is_these_losses_on_its_log_probs():
 
     @functools.partial(jax.jit, static_argnames="name")
     def run_model(model, batch, name):
-        return objective(model, batch, config(name, z_loss=1e-3), SEQUENCES)
+        return objective(
+            model,
+            batch,
+            config(name, z_loss=1e-3),
+            None if name == "next_token" else Readout("likelihood", SEQUENCES),
+        )
 
     total, (denominator, metrics) = run_model(model, batch, "next_token")
     assert denominator == batch.weights.sum()

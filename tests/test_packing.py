@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gram_jax.packing import DoesNotFit, PackCounts, _closest, pack, split_example
-from gram_jax.rows import Example, Pair, RowShape, build_row, check_batch, stack_rows
+from gram_jax.pair import Pair
+from gram_jax.rows import Example, RowShape, build_row, check_batch, stack_rows
 
 VOCAB = tiny.VOCAB
 SHAPE = RowShape(32, 24, 6, 4)
@@ -124,7 +125,7 @@ def test_rows_keep_to_the_caps_and_the_counts_add_up(given_examples, shape):
     assert (
         counts.pairs == (batch.pair_weight != 0).sum() == sum(len(e.pairs) for e in given_examples)
     )
-    own = sum(example.num_tokens() for example in given_examples)
+    own = sum(example.num_tokens(shape) for example in given_examples)
     assert counts.repeated_tokens == counts.tokens - own
     rows_of = collections.Counter(key for row in rows for key in {key for key, _ in row.origins})
     assert counts.spilled == sum(n > 1 for n in rows_of.values())
@@ -376,5 +377,5 @@ def test_two_responses_to_a_prompt_leave_at_most_one_percent_of_padding():
         found.append(example_of(prefix, np.minimum(lengths, 1024 - prefix), key=key))
     counts = counts_of(found, RowShape(1024, 1024, 256))
     assert counts.padding <= 0.01
-    own = sum(example.num_tokens() for example in found)
+    own = sum(example.num_tokens(RowShape(1024, 1024, 256)) for example in found)
     assert counts.repeated_tokens <= 0.03 * own

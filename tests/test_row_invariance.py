@@ -29,7 +29,9 @@ def model(request):
 
 @functools.partial(jax.jit, static_argnames="sequences")
 def scores(model, batch, sequences):
-    return likelihood(token_logprobs(model, batch).logprob, batch.sequence_ids, sequences)
+    return likelihood(
+        token_logprobs(model, batch, model(batch)).logprob, batch.sequence_ids, sequences
+    )
 
 
 def plain_row(prompt, response):
@@ -76,7 +78,7 @@ def alone(model):
     for one in EXAMPLES:
         for i, response in enumerate(one.responses):
             batch = stack_rows([plain_row(one.prompt, response)])
-            found[one.key, i] = float(scores(model, batch, S).logprob[0, 0])
+            found[one.key, i] = float(scores(model, batch, S).score[0, 0])
     return found
 
 
@@ -88,7 +90,7 @@ def scored(model, rows):
     """{(key, response): log-prob} of rows, one at a time."""
     found = {}
     for row in rows:
-        got = np.asarray(scores(model, stack_rows([row.batch]), S).logprob[0])
+        got = np.asarray(scores(model, stack_rows([row.batch]), S).score[0])
         found |= dict(zip(row.origins, map(float, got), strict=False))
     return found
 
@@ -140,7 +142,7 @@ def test_at_any_place_in_the_row(model, alone, before):
         getattr(row, name)[:shift] = getattr(first.batch, name)[:shift]
     row.segment_ids[shift:] += row.segment_ids[shift:] != 0
     row.target_index[row.weights != 0] += shift
-    got = np.asarray(scores(model, stack_rows([row]), S).logprob[0])
+    got = np.asarray(scores(model, stack_rows([row]), S).score[0])
     check(dict(zip(part.origins, map(float, got), strict=False)), alone)
 
 
@@ -182,10 +184,10 @@ def test_beside_other_rows_and_rows_of_padding(model, alone):
     batch = stack_rows([empty_row(SHAPE), *(row.batch for row in rows), empty_row(SHAPE)])
     check_batch(batch, tiny.VOCAB)
     got = scores(model, batch, S)
-    assert np.isfinite(got.logprob).all()
+    assert np.isfinite(got.score).all()
     np.testing.assert_array_equal(got.num_tokens[0], 0)
-    np.testing.assert_array_equal(got.logprob[-1], 0)
-    for row, values, counts in zip(rows, got.logprob[1:-1], got.num_tokens[1:-1], strict=True):
+    np.testing.assert_array_equal(got.score[-1], 0)
+    for row, values, counts in zip(rows, got.score[1:-1], got.num_tokens[1:-1], strict=True):
         found = dict(zip(row.origins, map(float, values), strict=False))
         check(found, alone)
         lengths = [len(EXAMPLES[key].responses[i]) for key, i in row.origins]
@@ -197,7 +199,7 @@ def test_the_windows_of_these_models_make_a_difference():
     row = stack_rows([plain_row(EXAMPLES[4].prompt, EXAMPLES[4].responses[0])])
     windows = MODELS["windows"]
     with_and_without = [
-        float(scores(tiny.decoder(one, seed=1), row, S).logprob[0, 0])
+        float(scores(tiny.decoder(one, seed=1), row, S).score[0, 0])
         for one in (windows, dataclasses.replace(windows, windows=(0, 0, 0)))
     ]
     assert abs(np.subtract(*with_and_without)) > 0.01

@@ -18,6 +18,7 @@ from gram_jax.data.prompts import encode_candidates
 from gram_jax.data.tokenizer import EOS, Tokenizer
 from gram_jax.mesh import make_mesh
 from gram_jax.packing import PackCounts, pack
+from gram_jax.readouts import Readout
 from gram_jax.rows import Example, stack_rows
 from gram_jax.scoring import (
     EngineCounts,
@@ -100,7 +101,7 @@ def alone(model, examples):
         for i, response in enumerate(example.responses):
             single = Example(example.prompt, (response,), key=example.key)
             (score,) = score_examples(model, [single], SHAPE, 1)
-            found[example.key, i] = score.logprob
+            found[example.key, i] = score.score
     return found
 
 
@@ -109,7 +110,7 @@ def close(a, b, tolerance):
 
 
 def scores_of(found):
-    return {(score.key, score.response): score.logprob for score in found}
+    return {(score.key, score.response): score.score for score in found}
 
 
 def check_alike(found, alone):
@@ -125,7 +126,7 @@ def test_scores_are_those_of_transformers_run_alone(model, examples, expected):
     for score in found:
         peer_logprobs = expected[score.key, score.response]
         assert score.num_tokens == len(peer_logprobs)
-        assert close(score.logprob, peer_logprobs.sum(), 1e-4)
+        assert close(score.score, peer_logprobs.sum(), 1e-4)
         np.testing.assert_allclose(score.token_logprobs, peer_logprobs, rtol=1e-4, atol=1e-4)
 
 
@@ -162,7 +163,7 @@ def test_candidates_of_a_prompt_that_spill_into_other_rows_keep_their_scores(mod
     assert counts.rows > 2
     apart = [Example(many.prompt, (r,), key=k) for k, r in enumerate(many.responses)]
     for score in score_examples(model, apart, SHAPE, 2):
-        assert close(found[0, score.key], score.logprob, 1e-5)
+        assert close(found[0, score.key], score.score, 1e-5)
 
 
 def test_a_batch_is_handed_over_before_the_one_before_is_fetched(model, examples):
@@ -213,11 +214,12 @@ def test_logits_of_all_tokens_never_exist(model, examples, where):
     batch = stack_rows([row.batch for row in pack(examples[:8], SHAPE)][:2])
     small = jax.tree.map(lambda x: x, model)
     small.compute = dataclasses.replace(model.compute, logprob_chunk=chunk)
+    readout = Readout("likelihood", 64)
     if where == "jaxpr":
-        traced = jax.make_jaxpr(score_rows, static_argnums=(2, 3))(small, batch, 64, True)
+        traced = jax.make_jaxpr(score_rows, static_argnums=(2, 3))(small, batch, readout, True)
         shapes = set(shapes_in(traced.jaxpr))
     else:
-        text = score_rows.lower(small, batch, 64, True).compile().as_text()
+        text = score_rows.lower(small, batch, readout, True).compile().as_text()
         shapes = set(hlo_shapes(text))
     with_vocabulary = [s for s in shapes if vocabulary in s and len(s) > 1]
     assert any(np.prod(s) == 2 * chunk * vocabulary for s in with_vocabulary)

@@ -14,12 +14,13 @@ import tiny
 import torch
 from flax import nnx
 
-from gram_jax.config import ComputeConfig, ObjectiveConfig, OptimizerConfig
+from gram_jax.config import ComputeConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from gram_jax.data.loader import device_batch
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import is_matrix, weight_dims, weight_name
 from gram_jax.objectives import objective
 from gram_jax.packing import pack
+from gram_jax.readouts import Readout
 from gram_jax.rows import RowShape
 from gram_jax.training import (
     divide,
@@ -54,6 +55,10 @@ def batches(name, parts, mesh, steps=STEPS):
         yield device_batch(rows(name), numbers, parts, mesh)
 
 
+def readout(name):
+    return None if name == "next_token" else Readout("likelihood", S)
+
+
 @functools.cache
 def trained(name, sizes=ONE, parts=1, compute=tiny.COMPUTE, last_blocks=0, sgd=False):
     """Metrics of each of STEPS steps, and the states before the first and after the last."""
@@ -61,10 +66,10 @@ def trained(name, sizes=ONE, parts=1, compute=tiny.COMPUTE, last_blocks=0, sgd=F
     tx = optax.sgd(1.0) if sgd else make_optimizer(OPTIMIZER, STEPS)
     with jax.set_mesh(mesh):
         model = tiny.decoder(tiny.config(num_layers=3), compute, mesh)
-        graph, trainable, frozen = split_model(model, last_blocks)
+        graph, trainable, frozen = split_model(model, TrainConfig(last_blocks=last_blocks))
         state = init_state(tx, trainable, frozen)
         before = jax.tree.map(np.asarray, dataclasses.replace(state, opt_state=None))
-        step = make_train_step(graph, tx, ObjectiveConfig(name=name), S)
+        step = make_train_step(graph, tx, ObjectiveConfig(name=name), readout(name))
         found = []
         for batch in batches(name, parts, mesh, 1 if sgd else STEPS):
             state, metrics = step(state, batch)
@@ -119,11 +124,10 @@ def test_the_state_keeps_its_shards_and_counts_its_steps():
 def test_the_eval_step_gives_the_loss_that_training_starts_from(parts):
     mesh = tiny.mesh(*ONE)
     with jax.set_mesh(mesh):
-        graph, trainable, frozen = split_model(
-            tiny.decoder(tiny.config(num_layers=3), mesh=mesh), 0
-        )
+        model = tiny.decoder(tiny.config(num_layers=3), mesh=mesh)
+        graph, trainable, frozen = split_model(model, TrainConfig())
         state = init_state(optax.identity(), trainable, frozen)
-        step = make_eval_step(graph, ObjectiveConfig(name="next_token"), S)
+        step = make_eval_step(graph, ObjectiveConfig(name="next_token"), None)
         denominator, sums = step(state, next(batches("next_token", parts, mesh)))
     found = divide(sums, denominator)
     expected = trained("next_token")[0][0]
@@ -172,12 +176,12 @@ def test_the_last_blocks_get_the_gradient_of_the_full_model():
 
 def test_more_blocks_than_there_are_is_an_error():
     with pytest.raises(UserError, match=r"train.last_blocks=4, but the model has 3 blocks"):
-        split_model(tiny.decoder(tiny.config(num_layers=3)), 4)
+        split_model(tiny.decoder(tiny.config(num_layers=3)), TrainConfig(last_blocks=4))
 
 
 def test_a_split_model_merges_into_the_model_it_was():
     model = tiny.decoder(tiny.config(num_layers=3))
-    merged = merge_model(*split_model(model, 1))
+    merged = merge_model(*split_model(model, TrainConfig(last_blocks=1)))
     assert len(merged.stacks) == 2
     jax.tree.map(np.testing.assert_array_equal, merged.joined_stacks(), model)
 
@@ -282,7 +286,7 @@ def loss_and_gradients(remat, unroll):
     @jax.jit
     def run(model):
         def loss(model):
-            return objective(model, batch, ObjectiveConfig(name="next_token"), S)[0]
+            return objective(model, batch, ObjectiveConfig(name="next_token"), None)[0]
 
         return jax.value_and_grad(loss)(model)
 
@@ -332,7 +336,7 @@ def forward_flops(config, tokens, targets):
         weights=slots.astype(jnp.float32),
     )
     model = jax.eval_shape(lambda: tiny.decoder(config, compute))
-    run = jax.jit(lambda m, b: objective(m, b, ObjectiveConfig(name="next_token"), S)[0])
+    run = jax.jit(lambda m, b: objective(m, b, ObjectiveConfig(name="next_token"), None)[0])
     return run.lower(model, batch).compile().cost_analysis()["flops"] / tokens
 
 

@@ -11,7 +11,8 @@ from gram_jax.data.rowset import MANIFEST, Manifest, Rows, RowSet, write_json, w
 from gram_jax.mesh import make_mesh
 from gram_jax.models.decoder import abstract_decoder, is_matrix, weight_dims, weight_name
 from gram_jax.packing import PackCounts
-from gram_jax.rows import Example, Pair
+from gram_jax.pair import Pair
+from gram_jax.rows import Example
 
 VOCAB = 64
 COMPUTE = ComputeConfig(dtype="float32", unroll=1)

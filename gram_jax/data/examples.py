@@ -18,15 +18,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from gram_jax.config import DataConfig
-from gram_jax.data.prompts import ExampleError, encode_candidates, encode_pair
+from gram_jax.data.prompts import ExampleError, encode_candidates
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, Row, TextRow
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
-from gram_jax.rows import Example, IntArray, Pair, RowShape
+from gram_jax.pair import Pair
+from gram_jax.rows import Example, IntArray, RowShape
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,34 +58,68 @@ class ExampleCounts:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """What an objective needs of a row.
+
+    Attributes:
+      reading: what a sequence is scored by: "likelihood", "judge" or "head"; "text" where tokens
+        are predicted and nothing is compared.
+      targets: the responses' tokens are predicted.
+    """
+
+    reading: str
+    targets: bool
+
+    @property
+    def pairs(self) -> bool:
+        """Rows compare responses."""
+        return self.reading != "text"
+
+    @property
+    def readouts(self) -> bool:
+        """A sequence is scored by the hidden state of its last token."""
+        return self.reading in ("judge", "head")
+
+    def key(self) -> dict[str, Any]:
+        """All of it, as plain values: rows of another layout are other rows."""
+        return dataclasses.asdict(self)
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class TokenRecord:
-    """A prompt and responses as token ids.
+    """A prompt, responses, and comparisons among them, as token ids.
 
     ``key`` (64 bits) is equal for records that belong together: those of one document, or of one
-    prompt. ``reference`` holds the two log-probs of a preference under a reference model.
+    prompt. ``reference`` holds the responses' log-probs under a reference model.
     """
 
     key: int
     prompt: IntArray
     responses: tuple[IntArray, ...]
-    reference: tuple[float, float] | None = None
+    pairs: tuple[Pair, ...] = ()
+    reference: tuple[float, ...] | None = None
 
 
-def row_shape(config: DataConfig, *, pairs: bool) -> RowShape:
+def row_shape(config: DataConfig, layout: Layout) -> RowShape:
     """The shape of the rows of a stage; next-token rows have no sequences and no pairs."""
-    targets = config.row_targets or config.row_length
-    if not pairs:
+    targets = (config.row_targets or config.row_length) if layout.targets else 0
+    if not layout.pairs:
         return RowShape(config.row_length, targets)
     default = max(32, config.row_length // 16)
     return RowShape(
-        config.row_length, targets, config.row_sequences or default, config.row_pairs or default
+        config.row_length,
+        targets,
+        config.row_sequences or default,
+        config.row_pairs or default,
+        layout.readouts,
     )
 
 
 def encode_rows(
     rows: Sequence[Row],
     config: DataConfig,
+    layout: Layout,
     tokenizer: Tokenizer,
     counts: ExampleCounts,
     *,
@@ -101,7 +137,7 @@ def encode_rows(
     for row in rows:
         try:
             if isinstance(row, PreferenceRow):
-                yield _encode_preference(row, config, tokenizer, counts, file)
+                yield _encode_preference(row, config, layout, tokenizer, counts, file)
             elif isinstance(row, ResponsesRow):
                 yield _encode_responses(row, config, tokenizer, counts)
         except ExampleError as error:
@@ -124,8 +160,8 @@ def group_records(
     grouped: dict[bytes, _Group] = {}
     for record in records:
         group = grouped.setdefault(record.prompt.tobytes(), _Group(record.prompt))
-        if format == "preferences":
-            group.add_pair(record, counts)
+        if record.pairs:
+            group.add_pairs(record, counts)
         else:
             # Each occurrence is kept: one that the data has twice counts twice in the loss.
             group.responses += record.responses
@@ -183,15 +219,28 @@ def _encode_responses(
 def _encode_preference(
     row: PreferenceRow,
     config: DataConfig,
+    layout: Layout,
     tokenizer: Tokenizer,
     counts: ExampleCounts,
     file: str,
 ) -> list[TokenRecord]:
-    whole = encode_pair(row.prompt, row.chosen, row.rejected, tokenizer, add_eos=config.add_eos)
-    counts.tokens += sum(map(len, whole))
-    prompt = _fit_prompt(whole[0], config, tokenizer.prefix_ids)
-    chosen, rejected = _fit_pair(whole[1], whole[2], _room(prompt, config))
-    cut = sum(map(len, whole)) - len(prompt) - len(chosen) - len(rejected)
+    try:
+        whole, encoded = encode_candidates(
+            row.prompt, list(row.responses), tokenizer, add_eos=config.add_eos
+        )
+    except ExampleError as error:
+        if error.field == "response":
+            raise ExampleError(error.reason, field=row.fields[error.index]) from None
+        raise
+    counts.tokens += len(whole) + sum(map(len, encoded))
+    prompt = _fit_prompt(whole, config, tokenizer.prefix_ids)
+    room = _room(prompt, config) - 2 * layout.readouts
+    kept = list(encoded)
+    for pair in row.pairs:
+        a, b = pair.members()
+        kept[a], kept[b] = _fit_pair(kept[a], kept[b], room)
+    before, after = (whole, *encoded), (prompt, *kept)
+    cut = sum(map(len, before)) - sum(map(len, after))
     if row.reference is not None and cut and config.too_long != "drop":
         raise DataError(
             f"{cut} tokens must be cut to fit a row, but the reference log-probs are of the whole"
@@ -201,12 +250,18 @@ def _encode_preference(
             line=row.line,
             field=config.reference_field,
         )
-    if not _count_cuts(whole, (prompt, chosen, rejected), config, counts):
+    if not _count_cuts(before, after, config, counts):
         return []
-    if np.array_equal(chosen, rejected):
-        counts.dropped_pairs += 1
+    pairs = tuple(pair for pair in row.pairs if not _equal(pair, kept))
+    counts.dropped_pairs += len(row.pairs) - len(pairs)
+    if not pairs:
         return []
-    return [TokenRecord(_key(prompt.tobytes()), prompt, (chosen, rejected), row.reference)]
+    return [TokenRecord(_key(prompt.tobytes()), prompt, tuple(kept), pairs, row.reference)]
+
+
+def _equal(pair: Pair, responses: Sequence[IntArray]) -> bool:
+    """Whether both sides became the same when they were cut."""
+    return pair.b is not None and np.array_equal(responses[pair.a], responses[pair.b])
 
 
 class _Group:
@@ -219,14 +274,19 @@ class _Group:
         self.pairs: list[Pair] = []
         self.has_reference = False
         self._places: dict[bytes, int] = {}
+        self._seen: set[Pair] = set()
 
-    def add_pair(self, record: TokenRecord, counts: ExampleCounts) -> None:
-        a, b = (
+    def add_pairs(self, record: TokenRecord, counts: ExampleCounts) -> None:
+        places = [
             self._place(response, record.reference[i] if record.reference else 0.0, counts)
             for i, response in enumerate(record.responses)
-        )
-        counts.repeated_pairs += Pair(a, b) in self.pairs
-        self.pairs.append(Pair(a, b))
+        ]
+        for pair in record.pairs:
+            b = None if pair.b is None else places[pair.b]
+            placed = dataclasses.replace(pair, a=places[pair.a], b=b)
+            counts.repeated_pairs += placed in self._seen
+            self._seen.add(placed)
+            self.pairs.append(placed)
         self.has_reference = record.reference is not None
 
     def _place(self, response: IntArray, reference: float, counts: ExampleCounts) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 from gram_jax.config import DataConfig
 from gram_jax.data import work
-from gram_jax.data.examples import ExampleCounts, row_shape
+from gram_jax.data.examples import ExampleCounts, Layout, row_shape
 from gram_jax.data.meter import Meter
 from gram_jax.data.records import Source, open_source
 from gram_jax.data.rowset import (
@@ -60,7 +60,7 @@ def prepared_rows(
     tokenizer: Tokenizer,
     folder: Path,
     *,
-    pairs: bool,
+    layout: Layout,
     replace: bool,
     meter: Meter,
 ) -> RowSet:
@@ -68,14 +68,14 @@ def prepared_rows(
 
     Args:
       spec: a source, as in ``config.train``; several joined by commas are one.
-      pairs: rows for an objective on preferences, else for next_token.
+      layout: what the objective needs of a row.
       replace: other rows that are in ``folder`` give way; else they are an error.
       meter: shows progress.
 
     Raises:
       UserError: the source, or a row of it, cannot be used, or ``folder`` holds other rows.
     """
-    asked = _Asked(spec, config, tokenizer, pairs)
+    asked = _Asked(spec, config, tokenizer, layout)
     manifest = read_manifest(folder)
     found = [] if manifest is None else _differences(manifest, asked, meter)
     if found and not replace:
@@ -100,7 +100,7 @@ class _Asked:
     spec: str
     config: DataConfig
     tokenizer: Tokenizer
-    pairs: bool
+    layout: Layout
 
     def sources(self) -> list[Source]:
         return [open_source(part) for part in self.spec.split(",")]
@@ -118,8 +118,10 @@ def _differences(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
         found.append("the tokenizer is another")
     if key["row_format"] != ROW_FORMAT:
         found.append("another version of gram_jax made them")
-    if key["pairs"] != asked.pairs or config.format not in ("auto", key["format"]):
+    if config.format not in ("auto", key["format"]):
         found.append(f"they are rows of {key['format']}")
+    if key["layout"] != asked.layout.key():
+        found.append(f"they are laid out for {key['layout']}, and {asked.layout.key()} is wanted")
     if manifest.read["bad_rows"] and config.on_bad_row == "stop":
         found.append(f"{manifest.read['bad_rows']} bad rows were left out (on_bad_row)")
     return found + _source_changes(manifest, asked, meter)
@@ -161,14 +163,14 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     seen = [_seen(source) for source in sources]
     key = {
         "sources": _identity(sources),
-        "format": _format(sources, config, asked.pairs),
-        "pairs": asked.pairs,
+        "format": _format(sources, config, asked.layout.pairs),
+        "layout": asked.layout.key(),
         "settings": {name: getattr(config, name) for name in _SETTINGS},
         "tokenizer": asked.tokenizer.fingerprint(),
         "row_format": ROW_FORMAT,
     }
-    shape = row_shape(config, pairs=asked.pairs)
-    plan = work.Plan(folder / "work", config, str(key["format"]), shape)
+    shape = row_shape(config, asked.layout)
+    plan = work.Plan(folder / "work", config, asked.layout, str(key["format"]), shape)
     # What was left out of a chunk depends on this, too.
     work.begin(plan, {**key, "on_bad_row": config.on_bad_row}, asked.tokenizer)
     size = sum(file["size"] for source in seen for file in source["files"])

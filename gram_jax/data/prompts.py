@@ -138,31 +138,6 @@ def encode_candidates(
     return _array(prompt_ids), [_array(ids) for ids in encoded]
 
 
-def encode_pair(
-    prompt: Prompt,
-    chosen: Response,
-    rejected: Response,
-    tokenizer: Tokenizer,
-    *,
-    add_eos: bool = True,
-) -> tuple[TokenIds, TokenIds, TokenIds]:
-    """Returns the ids (prompt, chosen, rejected); see `encode_candidates`.
-
-    Raises:
-      UserError, ExampleError: see `encode_candidates`; `field` is then chosen or rejected.
-    """
-    try:
-        prompt_ids, encoded = encode_candidates(
-            prompt, [chosen, rejected], tokenizer, add_eos=add_eos
-        )
-    except ExampleError as error:
-        if error.field != "response":
-            raise
-        field = ("chosen", "rejected")[error.index]
-        raise ExampleError(error.reason, field=field, index=error.index) from None
-    return prompt_ids, encoded[0], encoded[1]
-
-
 def apply_chat_template(
     messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
 ) -> str:

@@ -51,7 +51,7 @@ class Manifest:
     id: str
     key: dict[str, Any]
     sources: list[dict[str, Any]]
-    shape: dict[str, int]
+    shape: dict[str, Any]
     reference: bool
     shards: list[dict[str, Any]]
     read: dict[str, int]
@@ -98,7 +98,8 @@ def write_shard(
             counts["rows"] += 1
             counts["tokens"] += int(used.sum())
             counts["positions"] += int((row.batch.positions[used] + 1).sum())
-            counts["targets"] += int((row.batch.weights != 0).sum())
+            if row.batch.weights is not None:
+                counts["targets"] += int((row.batch.weights != 0).sum())
     finally:
         writer.close()
     with temporary.open("rb") as stream:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from gram_jax.data.formats import jsonl_blocks, kind, printable
 from gram_jax.errors import DataError
+from gram_jax.pair import Pair
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
@@ -43,21 +44,25 @@ class ResponsesRow(NamedTuple):
 
 
 class PreferenceRow(NamedTuple):
-    """A prompt with a better and a worse response, all text or all chat messages.
+    """A prompt with responses, all text or all chat messages, and what is preferred among them.
 
     Attributes:
       prompt: text, or chat messages that end with the turn to be answered.
-      chosen, rejected: text, or a list with one assistant message (only if the prompt is messages).
+      responses: each text, or a list with one assistant message (only if the prompt is messages).
+      pairs: comparisons of two responses, by their places; ``target`` is the probability that the
+        first is better.
+      fields: the field that each response stands in, for messages about this row.
       subset: what the row is reported under; "" if the file does not say.
-      reference: log-probabilities (chosen, rejected) under a reference model, or None.
+      reference: log-probabilities of the responses under a reference model, or None.
       line: 1-based line in its file, for messages about this row.
     """
 
     prompt: Prompt
-    chosen: Response
-    rejected: Response
+    responses: tuple[Response, ...]
+    pairs: tuple[Pair, ...]
+    fields: tuple[str, ...]
     subset: str
-    reference: tuple[float, float] | None
+    reference: tuple[float, ...] | None
     line: int
 
 
@@ -227,7 +232,9 @@ def _preference_row(
         raise DataError(reason, file=file, line=line, field="rejected")
     subset = _optional_text(record, "subset", "", file, line)
     reference = _require_two_numbers(record, reference_field, file, line)
-    return PreferenceRow(prompt, chosen, rejected, subset, reference, line)
+    return PreferenceRow(
+        prompt, (chosen, rejected), (Pair(0, 1),), ("chosen", "rejected"), subset, reference, line
+    )
 
 
 def _source_name(file: str | Path) -> str:

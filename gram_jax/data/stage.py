@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gram_jax.config import Config, TrainConfig
-from gram_jax.data.examples import ExampleCounts
+from gram_jax.config import READINGS, Config, TrainConfig
+from gram_jax.data.examples import ExampleCounts, Layout
 from gram_jax.data.loader import RowOrder
 from gram_jax.data.meter import Meter
 from gram_jax.data.prepare import prepared_rows
@@ -84,7 +84,7 @@ def stage_data(
       UserError: a source cannot be used, or ``folder`` holds other rows.
     """
     data = config.data
-    pairs = config.objective.name != "next_token"
+    layout = stage_layout(config)
     if not data.train:
         raise UserError(
             "config.data.train is empty; name a source, as in --config.data.train=FILE.jsonl"
@@ -99,7 +99,7 @@ def stage_data(
         meter = Meter(quiet=quiet or not is_main())
         for name, spec in sources.items():
             prepared_rows(
-                spec, data, tokenizer, folder / name, pairs=pairs, replace=replace, meter=meter
+                spec, data, tokenizer, folder / name, layout=layout, replace=replace, meter=meter
             )
 
     main_first(prepare)
@@ -108,6 +108,13 @@ def stage_data(
     held_out = [rows for name, rows in opened.items() if name.startswith("validation/")]
     order = RowOrder(train.sizes, config.seed, data.weights)
     return StageData(train, Rows(held_out) if held_out else None, order)
+
+
+def stage_layout(config: Config) -> Layout:
+    """What the objective of a stage needs of its rows."""
+    objective = config.objective
+    reading = READINGS[objective.name]
+    return Layout(reading, reading not in ("judge", "head") or objective.chosen_ce > 0)
 
 
 def num_steps(train: TrainConfig, per_row: Mapping[str, float]) -> int:

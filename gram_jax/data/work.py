@@ -28,13 +28,20 @@ from typing import Any, Self, cast
 import numpy as np
 
 from gram_jax.config import DataConfig
-from gram_jax.data.examples import ExampleCounts, TokenRecord, encode_rows, group_records
+from gram_jax.data.examples import (
+    ExampleCounts,
+    Layout,
+    TokenRecord,
+    encode_rows,
+    group_records,
+)
 from gram_jax.data.records import Block
 from gram_jax.data.rowset import write_json, write_shard
 from gram_jax.data.sources import Row, parse_row
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.packing import PackCounts, pack
+from gram_jax.pair import Pair
 from gram_jax.rows import RowShape
 
 QUARANTINE = "quarantine.jsonl"
@@ -47,6 +54,7 @@ class Plan:
 
     folder: Path
     config: DataConfig
+    layout: Layout
     format: str
     shape: RowShape
 
@@ -139,7 +147,13 @@ def _encoded(
 
     def encode() -> Iterator[list[TokenRecord] | DataError]:
         yield from encode_rows(
-            waiting, plan.config, tokenizer, counts, file=block.file, document=document
+            waiting,
+            plan.config,
+            plan.layout,
+            tokenizer,
+            counts,
+            file=block.file,
+            document=document,
         )
         waiting.clear()
 
@@ -170,17 +184,28 @@ def _save_records(folder: Path, records: Sequence[TokenRecord]) -> None:
     sequences = [(record.prompt, *record.responses) for record in records]
     sizes = [len(ids) for group in sequences for ids in group]
     ids = [ids for group in sequences for ids in group]
+    references = [r for record in records for r in _references(record)]
+    pairs = [
+        (p.a, -1 if p.b is None else p.b, p.target, p.weight, p.margin)
+        for record in records
+        for p in record.pairs
+    ]
     arrays = {
         "keys": np.array([record.key for record in records], np.uint64),
         "first_sequence": np.cumsum([0, *map(len, sequences)], dtype=np.int64),
         "first_id": np.cumsum([0, *sizes], dtype=np.int64),
+        "first_pair": np.cumsum([0, *(len(r.pairs) for r in records)], dtype=np.int64),
         "ids": np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        "references": np.array(
-            [record.reference or (np.nan, np.nan) for record in records], np.float64
-        ).reshape(-1, 2),
+        "references": np.array(references, np.float64),
+        "pairs": np.array(pairs, np.float64).reshape(-1, 5),
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
+
+
+def _references(record: TokenRecord) -> Sequence[float]:
+    """One number per response; NaN where there is no reference model."""
+    return record.reference or (np.nan,) * len(record.responses)
 
 
 def _load_records(folder: Path, low: int, high: int) -> Iterator[TokenRecord]:
@@ -188,17 +213,27 @@ def _load_records(folder: Path, low: int, high: int) -> Iterator[TokenRecord]:
     keys = np.load(folder / "keys.npy")
     begin = int(np.searchsorted(keys, np.uint64(low)))
     end = len(keys) if high >= 2**64 else int(np.searchsorted(keys, np.uint64(high)))
-    first_sequence, first_id, ids, references = (
+    first_sequence, first_id, first_pair, ids, references, pairs = (
         np.load(folder / f"{name}.npy", mmap_mode="r")
-        for name in ("first_sequence", "first_id", "ids", "references")
+        for name in ("first_sequence", "first_id", "first_pair", "ids", "references", "pairs")
     )
     for i in range(begin, end):
         bounds = first_id[first_sequence[i] : first_sequence[i + 1] + 1]
         # Copies: a view would keep the file open.
         parts = [np.array(ids[a:b]) for a, b in itertools.pairwise(bounds)]
-        a, b = map(float, references[i])
-        reference = None if np.isnan(a) else (a, b)
-        yield TokenRecord(int(keys[i]), parts[0], tuple(parts[1:]), reference)
+        # Each record before this one has one sequence, its prompt, that is no response.
+        start = int(first_sequence[i]) - i
+        reference = tuple(map(float, references[start : start + len(parts) - 1]))
+        yield TokenRecord(
+            int(keys[i]),
+            parts[0],
+            tuple(parts[1:]),
+            tuple(
+                Pair(int(a), None if b < 0 else int(b), float(target), float(weight), float(margin))
+                for a, b, target, weight, margin in pairs[first_pair[i] : first_pair[i + 1]]
+            ),
+            None if np.isnan(reference).any() else reference,
+        )
 
 
 def make_shard(plan: Plan, _: Tokenizer, number: int, shards: int) -> dict[str, Any]:
@@ -216,7 +251,7 @@ def make_shard(plan: Plan, _: Tokenizer, number: int, shards: int) -> dict[str, 
     read, packed = ExampleCounts(), PackCounts()
     rows = pack(group_records(records, plan.format, read), plan.shape, counts=packed)
     file = f"{name}.array_record"
-    reference = bool(plan.config.reference_field) and plan.format == "preferences"
+    reference = bool(plan.config.reference_field) and plan.layout.pairs
     counts = write_shard(plan.folder.parent / file, rows, plan.shape, reference=reference)
     found = {
         "file": file,

@@ -53,8 +53,8 @@ BLOCK_DIMS = {
 }
 """Dimensions of each weight of one block: its shape, its sharding and its kind at once."""
 
-MODEL_DIMS = {"embedding": "VD", "norm": "d", "unembedding": "VD"}
-"""Dimensions of the weights outside the blocks."""
+MODEL_DIMS = {"embedding": "VD", "norm": "d", "unembedding": "VD", "head": "d"}
+"""Dimensions of the weights outside the blocks; ``head`` turns a hidden state into a reward."""
 
 
 def block_weights(config: ModelConfig) -> list[str]:

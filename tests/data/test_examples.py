@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from gram_jax.config import DataConfig
-from gram_jax.data.examples import ExampleCounts, encode_rows, group_records, row_shape
+from gram_jax.data.examples import ExampleCounts, Layout, encode_rows, group_records, row_shape
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, TextRow
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError
 from gram_jax.packing import pack
-from gram_jax.rows import Pair
+from gram_jax.pair import Pair
 
 BOS, EOS, V = 1, 2, 96
 bounded = settings(deadline=None, max_examples=60)
@@ -38,6 +38,13 @@ def word_tokenizer(bos):
 
 WITH_BOS, WITHOUT_BOS = word_tokenizer(True), word_tokenizer(False)
 
+TEXT, LIKELIHOOD = Layout("text", True), Layout("likelihood", True)
+
+
+def preference(prompt, chosen, rejected, reference=None, line=1):
+    fields = ("chosen", "rejected")
+    return PreferenceRow(prompt, (chosen, rejected), (Pair(0, 1),), fields, "", reference, line)
+
 
 def words(ids):
     return " ".join(f"w{i}" for i in ids)
@@ -47,7 +54,8 @@ def examples(rows, format, tokenizer, counts, **options):
     """The examples of rows, all in one shard, in the order of their rows."""
     config = DataConfig(**options)
     records = []
-    for found in encode_rows(rows, config, tokenizer, counts, file="f.jsonl", document="0"):
+    layout = LIKELIHOOD if format == "preferences" else TEXT
+    for found in encode_rows(rows, config, layout, tokenizer, counts, file="f.jsonl", document="0"):
         if isinstance(found, DataError):
             raise found
         records += found
@@ -99,7 +107,7 @@ def test_every_token_of_a_text_is_predicted_once(documents, bos, add_eos, row_ta
 @given(texts)
 def test_texts_go_into_rows_whole(documents):
     found, _ = of_text(documents, WITH_BOS)
-    rows = list(pack(found, row_shape(DataConfig(row_length=16), pairs=False)))
+    rows = list(pack(found, row_shape(DataConfig(row_length=16), TEXT)))
     targets = np.concatenate([row.batch.targets[row.batch.weights != 0] for row in rows])
     wanted = [token for document in documents for token in [*document, EOS]]
     assert sorted(targets) == sorted(wanted)
@@ -109,7 +117,7 @@ def preferences(rows, **options):
     """Examples of (prompt, chosen, rejected[, reference]) given as lists of ids."""
     counts = ExampleCounts()
     read = [
-        PreferenceRow(words(p), words(c), words(r), "", rest[0] if rest else None, i)
+        preference(words(p), words(c), words(r), rest[0] if rest else None, i)
         for i, (p, c, r, *rest) in enumerate(rows, start=1)
     ]
     options = {"row_length": 24, "row_targets": 16} | options
@@ -189,7 +197,7 @@ def test_whatever_is_cut_fits_a_row_with_all_its_pairs(rows):
     found, counts = preferences(rows, row_sequences=4, row_pairs=2)
     live = len(rows) - counts.dropped_pairs
     assert sum(len(example.pairs) for example in found) == live
-    packed = list(pack(found, row_shape(config, pairs=True)))
+    packed = list(pack(found, row_shape(config, LIKELIHOOD)))
     assert sum((row.batch.pair_weight != 0).sum() for row in packed) == live
     before = sum(1 + len(p) + len(c) + len(r) + 2 for p, c, r in rows)
     assert counts.tokens == before
@@ -197,10 +205,10 @@ def test_whatever_is_cut_fits_a_row_with_all_its_pairs(rows):
 
 def test_rows_have_sequences_and_pairs_for_preferences_only():
     config = DataConfig(row_length=64, row_targets=32, row_sequences=5, row_pairs=3)
-    text, both = row_shape(config, pairs=False), row_shape(config, pairs=True)
+    text, both = row_shape(config, TEXT), row_shape(config, LIKELIHOOD)
     assert (text.tokens, text.targets, text.sequences, text.pairs) == (64, 32, 0, 0)
     assert (both.tokens, both.targets, both.sequences, both.pairs) == (64, 32, 5, 3)
-    default = row_shape(DataConfig(row_length=2048), pairs=True)
+    default = row_shape(DataConfig(row_length=2048), LIKELIHOOD)
     assert (default.targets, default.sequences, default.pairs) == (2048, 128, 128)
 
 
@@ -241,9 +249,9 @@ def test_rows_that_are_too_long_are_left_out_if_so_wanted():
 
 
 def test_a_row_that_the_tokenizer_cannot_take_is_named_and_the_next_goes_on():
-    read = [PreferenceRow(p, "w6", "w7", "", None, i) for i, p in enumerate(("", "w5"), start=8)]
+    read = [preference(p, "w6", "w7", None, i) for i, p in enumerate(("", "w5"), start=8)]
     bad, good = encode_rows(
-        read, DataConfig(), WITHOUT_BOS, ExampleCounts(), file="f.jsonl", document="0"
+        read, DataConfig(), LIKELIHOOD, WITHOUT_BOS, ExampleCounts(), file="f.jsonl", document="0"
     )
     assert isinstance(bad, DataError)
     assert (bad.file, bad.line, bad.field) == ("f.jsonl", 8, "prompt")
@@ -252,11 +260,11 @@ def test_a_row_that_the_tokenizer_cannot_take_is_named_and_the_next_goes_on():
 
 def test_records_of_one_prompt_or_document_have_one_key():
     def keys(rows):
-        found = encode_rows(rows, DataConfig(row_length=8), WITH_BOS, ExampleCounts(),
+        found = encode_rows(rows, DataConfig(row_length=8), LIKELIHOOD, WITH_BOS, ExampleCounts(),
                             file="f", document="3")  # fmt: skip
         return [[record.key for record in one] for one in found]
 
-    (a, b, c) = keys([PreferenceRow(p, "w6", "w7", "", None, 1) for p in ("w5", "w8", "w5")])
+    (a, b, c) = keys([preference(p, "w6", "w7") for p in ("w5", "w8", "w5")])
     assert a == c != b
     first, second = keys([TextRow(words(range(3, 40)), "", line) for line in (1, 2)])
     assert len(set(first)) == len(set(second)) == 1 < len(first)

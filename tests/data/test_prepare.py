@@ -16,6 +16,7 @@ import pytest
 
 from gram_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from gram_jax.data import prepare, work
+from gram_jax.data.examples import Layout
 from gram_jax.data.meter import Meter
 from gram_jax.data.prepare import prepared_rows
 from gram_jax.data.rowset import MANIFEST, RowSet, read_manifest
@@ -65,7 +66,10 @@ def write(path, rows):
 
 def prepared(spec, folder, *, pairs=False, replace=False, tokenizer=TOKENIZER, **options):
     config = DataConfig(**{"row_length": 128, "workers": 1} | options)
-    return prepared_rows(spec, config, tokenizer, folder, pairs=pairs, replace=replace, meter=QUIET)
+    layout = Layout("likelihood" if pairs else "text", True)
+    return prepared_rows(
+        spec, config, tokenizer, folder, layout=layout, replace=replace, meter=QUIET
+    )
 
 
 def content(folder):
@@ -160,7 +164,7 @@ def test_a_source_that_is_gone_may_have_been_prepared_elsewhere(tmp_path):
         ({"tokenizer": "other"}, "the tokenizer is another"),
         ({"content": 1}, "has changed"),
         ({"format": "responses"}, "they are rows of text"),
-        ({"pairs": True}, "they are rows of text"),
+        ({"pairs": True}, "laid out for"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -301,14 +305,15 @@ CHILD = """
 import sys
 from gram_jax.config import DataConfig
 from gram_jax.data import prepare
+from gram_jax.data.examples import Layout
 from gram_jax.data.meter import Meter
 from gram_jax.data.tokenizer import Tokenizer
 if __name__ == "__main__":
     path, folder, tokenizer, workers = sys.argv[1:]
     prepare.CHUNK_BYTES, prepare._ROWS_PER_SHARD, prepare._BYTES_PER_WORKER = 4000, 16, 1
     prepare.prepared_rows(path, DataConfig(row_length=128, workers=int(workers)),
-        Tokenizer.load(tokenizer), __import__("pathlib").Path(folder), pairs=False, replace=False,
-        meter=Meter(quiet=True))
+        Tokenizer.load(tokenizer), __import__("pathlib").Path(folder),
+        layout=Layout("text", True), replace=False, meter=Meter(quiet=True))
 """
 
 
@@ -400,8 +405,8 @@ def test_several_files_may_be_one_source(tmp_path, small_chunks):
 def test_progress_says_rows_per_second_and_padding(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", texts(50))
     prepared_rows(
-        path, DataConfig(row_length=128, workers=1), TOKENIZER, tmp_path / "rows", pairs=False,
-        replace=False, meter=Meter(),
+        path, DataConfig(row_length=128, workers=1), TOKENIZER, tmp_path / "rows",
+        layout=Layout("text", True), replace=False, meter=Meter(),
     )  # fmt: skip
     said = capsys.readouterr().err
     assert f"tokenising {path}: 50 rows" in said

@@ -14,7 +14,6 @@ from gram_jax.data.prompts import (
     ExampleError,
     apply_chat_template,
     encode_candidates,
-    encode_pair,
     render,
 )
 from gram_jax.data.tokenizer import Tokenizer
@@ -198,7 +197,7 @@ def test_a_template_that_rewrites_history_is_refused(load):
 def test_plain_text_is_used_as_it_is(load):
     tokenizer = load("llama3")
     assert render("p", "r", tokenizer) == ("p", "r", False, None)
-    prompt, chosen, rejected = encode_pair("p q", "r", "s", tokenizer)
+    prompt, (chosen, rejected) = encode_candidates("p q", ["r", "s"], tokenizer)
     assert prompt.tolist() == tokenizer.encode_prompt("p q")
     assert prompt[0] == tokenizer.bos_id
     assert tokenizer.decode(chosen) == "r<|eot_id|>"
@@ -225,8 +224,8 @@ def test_an_empty_prompt_needs_bos(load):
 )
 def test_a_bad_response_is_named_by_its_field(load, prompt, rejected, part):
     with pytest.raises(ExampleError, match=part) as caught:
-        encode_pair(prompt, "good", rejected, load("chatml"))
-    assert (caught.value.field, caught.value.index) == ("rejected", 1)
+        encode_candidates(prompt, ["good", rejected], load("chatml"))
+    assert (caught.value.field, caught.value.index) == ("response", 1)
     assert isinstance(caught.value, ValueError)
 
 

@@ -15,6 +15,7 @@ from gram_jax.data.sources import (
     read_jsonl,
 )
 from gram_jax.errors import DataError, UserError
+from gram_jax.pair import Pair
 
 ASSISTANT = {"role": "assistant", "content": "four"}
 QUESTION = [{"role": "user", "content": "2+2?"}]
@@ -121,19 +122,22 @@ def test_a_text_counts_under_its_source_or_its_file():
         assert row == TextRow("t", source, 1)
 
 
+PAIR = (Pair(0, 1),), ("chosen", "rejected")
+
+
 def test_preferences_have_their_line_subset_and_reference():
     row = {"prompt": "p", "chosen": "c", "rejected": "r", "logprob": [-1, -2.5], "subset": "s"}
     found = parse(row, "preferences", "logprob")
-    assert found == PreferenceRow("p", "c", "r", "s", (-1.0, -2.5), 3)
+    assert found == PreferenceRow("p", ("c", "r"), *PAIR, "s", (-1.0, -2.5), 3)
     found = parse(row | {"subset": None}, "preferences")
-    assert found == PreferenceRow("p", "c", "r", "", None, 3)
+    assert found == PreferenceRow("p", ("c", "r"), *PAIR, "", None, 3)
 
 
 def test_chat_responses_may_be_text_one_message_or_a_list_of_one():
     row = {"prompt": QUESTION, "chosen": ASSISTANT, "rejected": "five"}
     for chosen in (ASSISTANT, [ASSISTANT]):
         found = parse(row | {"chosen": chosen}, "preferences")
-        assert (found.chosen, found.rejected) == ([ASSISTANT], "five")
+        assert found.responses == ([ASSISTANT], "five")
         found = parse({"prompt": QUESTION, "responses": [chosen, "five"]}, "responses")
         assert found.responses == ([ASSISTANT], "five")
 

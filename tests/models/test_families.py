@@ -52,8 +52,8 @@ def rows():
 @jax.jit
 def run(model, batch):
     logits = jnp.einsum("btd,vd->btv", model(batch), model.unembedding_vd())
-    logprob = token_logprobs(model, batch).logprob
-    return logits, logprob, likelihood(logprob, batch.sequence_ids, SHAPE.sequences).logprob
+    logprob = token_logprobs(model, batch, model(batch)).logprob
+    return logits, logprob, likelihood(logprob, batch.sequence_ids, SHAPE.sequences).score
 
 
 def peer_logprobs(model, prompt, response):

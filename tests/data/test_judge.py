@@ -1,6 +1,8 @@
 """The judge's template: checked, filled in one pass, rendered as transformers does."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import peer_models
 import peer_tokenizers
@@ -90,6 +92,13 @@ def test_a_file_is_read_field_by_field(tmp_path):
         system="Judge.",
         chat_template_kwargs={"enable_thinking": False},
     )
+
+
+def test_the_example_in_the_docs_is_a_template():
+    text = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
+    example = JudgeTemplate.from_dict(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    assert example.prompt.endswith("[Answer B]\n{response_b}\n\nThe better answer is:")
+    assert example.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_a_template_survives_json_and_its_fingerprint_covers_every_field():

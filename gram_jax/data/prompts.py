@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
 
@@ -71,7 +71,11 @@ def render(prompt: Prompt, response: Response, tokenizer: Tokenizer) -> Rendered
 
 
 def render_candidates(
-    prompt: Prompt, responses: Sequence[Response], tokenizer: Tokenizer
+    prompt: Prompt,
+    responses: Sequence[Response],
+    tokenizer: Tokenizer,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Rendered]:
     """Renders a prompt with each of its responses; all get the same prompt_text.
 
@@ -80,27 +84,25 @@ def render_candidates(
     response_text is the rest. Some templates open a generation with what they do not write
     before a given response (`<think>`); there prompt_text ends where the two part, found with a
     probe in place of the response so that it is the same for all. What a template writes before a
-    response of itself (Qwen3's empty think block) belongs to the response.
+    response of itself (Qwen3's empty think block) belongs to the response, unless the generation
+    prompt has it too. `chat_template_kwargs` are variables for the template.
 
     Raises:
       UserError: the prompt is messages, but there is no template, or it fails, or it renders the
         conversation otherwise once there is a response.
       ExampleError: a response is not text or one assistant message, or is empty.
     """
-    for index, response in enumerate(responses):
-        _check_response(prompt, response, index)
+    check_candidates(prompt, responses)
     if isinstance(prompt, str):
         return [Rendered(prompt, str(response), False, None) for response in responses]
-    if not prompt:
-        raise ExampleError("is an empty list of messages", field="prompt")
-    if prompt[-1].get("role") == "assistant":
-        raise ExampleError(
-            "ends with an assistant message; move it to the response", field="prompt"
-        )
-    header = _prompt_text(prompt, tokenizer)
+    header = _prompt_text(prompt, tokenizer, chat_template_kwargs)
     rendered: list[Rendered] = []
     for response in responses:
-        full = apply_chat_template([*prompt, _assistant_message(response)], tokenizer)
+        full = apply_chat_template(
+            [*prompt, _assistant_message(response)],
+            tokenizer,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         if not full.startswith(header):
             _fail_rewritten(header, full)
         text = full[len(header) :]
@@ -110,7 +112,12 @@ def render_candidates(
 
 
 def encode_candidates(
-    prompt: Prompt, responses: Sequence[Response], tokenizer: Tokenizer, *, add_eos: bool = True
+    prompt: Prompt,
+    responses: Sequence[Response],
+    tokenizer: Tokenizer,
+    *,
+    add_eos: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[TokenIds, list[TokenIds]]:
     """Tokenises a prompt and its responses, apart.
 
@@ -124,7 +131,9 @@ def encode_candidates(
       UserError: see `render_candidates`; or add_eos, but there is no end token.
       ExampleError: a response is empty, or the prompt is and the tokenizer puts nothing before it.
     """
-    rendered = render_candidates(prompt, responses, tokenizer)
+    rendered = render_candidates(
+        prompt, responses, tokenizer, chat_template_kwargs=chat_template_kwargs
+    )
     if not rendered:
         raise ExampleError("is missing; a prompt needs at least one", field="response")
     prompt_ids = tokenizer.encode_prompt(rendered[0].prompt_text, rendered=rendered[0].is_chat)
@@ -139,9 +148,15 @@ def encode_candidates(
 
 
 def apply_chat_template(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Renders messages with the tokenizer's chat template, as transformers does.
+
+    `chat_template_kwargs` are further variables for the template, such as enable_thinking.
 
     Raises:
       UserError: there is no template, it is faulty, or it refuses these messages.
@@ -157,13 +172,31 @@ def apply_chat_template(
             tools=None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens,
+            **{**tokenizer.special_tokens, **(chat_template_kwargs or {})},
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is faulty at line {error.lineno}: {error}") from None
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise UserError(f"the chat template refuses the messages [{roles}]: {error}") from None
+
+
+def check_candidates(prompt: Prompt, responses: Sequence[Response]) -> None:
+    """Checks that a prompt can be answered, and that each response is one to it.
+
+    Raises:
+      ExampleError: which of them is not, and why.
+    """
+    for index, response in enumerate(responses):
+        _check_response(prompt, response, index)
+    if isinstance(prompt, str):
+        return
+    if not prompt:
+        raise ExampleError("is an empty list of messages", field="prompt")
+    if prompt[-1].get("role") == "assistant":
+        raise ExampleError(
+            "ends with an assistant message; move it to the response", field="prompt"
+        )
 
 
 def _check_response(prompt: Prompt, response: Response, index: int) -> None:
@@ -187,25 +220,31 @@ def _assistant_message(response: Response) -> Message:
     return response[0]
 
 
-def _prompt_text(prompt: list[Message], tokenizer: Tokenizer) -> str:
+def _prompt_text(
+    prompt: list[Message], tokenizer: Tokenizer, chat_template_kwargs: Mapping[str, Any] | None
+) -> str:
     """The part of the generation prompt that also stands before a given response."""
-    opening = apply_chat_template(prompt, tokenizer, add_generation_prompt=True)
-    probed = apply_chat_template([*prompt, _assistant_message(_PROBE)], tokenizer)
+    chat = functools.partial(
+        apply_chat_template, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs
+    )
+    opening = chat(prompt, add_generation_prompt=True)
+    probed = chat([*prompt, _assistant_message(_PROBE)])
     if probed.startswith(opening):
         return opening
-    shared = opening[: _shared_length(opening, probed)]
-    if not shared.startswith(apply_chat_template(prompt, tokenizer)):
+    shared = opening[: shared_length(opening, probed)]
+    if not shared.startswith(chat(prompt)):
         _fail_rewritten(opening, probed)
     return shared
 
 
-def _shared_length(first: str, second: str) -> int:
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How long what both texts, or both lists of ids, begin with is."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _fail_rewritten(before: str, after: str) -> NoReturn:
-    position = _shared_length(before, after)
+    position = shared_length(before, after)
     raise UserError(
         "the chat template writes the conversation before a response otherwise once the response is"
         f" there: {before[position : position + 40]!r} becomes"

@@ -214,6 +214,15 @@ class Tokenizer:
             )
         return [ids if ids[-1:] == [eos_id] else [*ids, eos_id] for ids in encoded]
 
+    def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Returns (start, end) in characters for each token of each text, as of responses.
+
+        Tokens that are bytes of one character all have that character's span; blanks that a token
+        begins with may be left out of its span.
+        """
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.offsets for encoding in encodings]
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of the ids."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))

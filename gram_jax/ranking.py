@@ -25,7 +25,7 @@ from scipy.special import expit
 
 from gram_jax.data.sources import Response
 from gram_jax.errors import UserError
-from gram_jax.scorer import Question, Verdict
+from gram_jax.scorer import Question, QuestionError, Verdict
 
 Floats: TypeAlias = NDArray[np.float64]
 Pair: TypeAlias = tuple[int, int]
@@ -39,6 +39,11 @@ p = 1 is then rated 7.6 above the other, one that wins with p = 0.95 by 2.935 in
 
 _TIE = 1e-6
 """Differences of p and of ratings that float32 scores and the solver do not resolve."""
+
+_NOT_FINITE = (
+    "the model gives a score that is not finite; its weights may be damaged, or too large for the"
+    " compute dtype"
+)
 
 
 class Ranking(NamedTuple):
@@ -89,17 +94,6 @@ class Comparer(Protocol):
     def score(self, questions: Iterable[Question]) -> Iterator[Verdict]:
         """One verdict per question, in order."""
         ...
-
-
-class NotFiniteError(UserError):
-    """The model gave no number; ``question`` is the place of the question that it is about."""
-
-    def __init__(self, question: int) -> None:
-        self.question = question
-        super().__init__(
-            "the model gives a score that is not finite; its weights may be damaged, or too large"
-            " for the compute dtype"
-        )
 
 
 Plan: TypeAlias = Generator[Sequence[Pair], Floats, Ranking]
@@ -252,7 +246,7 @@ def rank(
 
     Raises:
       UserError: the method does not go with the kind of reward.
-      NotFiniteError: the model's scores are not finite.
+      QuestionError: a question cannot be answered, or its answer is not finite.
     """
     method = check_method(method, scorer.kind)
     if method == "scalar":
@@ -266,10 +260,13 @@ def rank(
         contests = [_Contest(q, plan(len(q.responses))) for q in questions]
     while open_ := [(k, contest) for k, contest in enumerate(contests) if contest.pairs]:
         verdicts = scorer.score([contest.question() for _, contest in open_])
-        for (k, contest), verdict in zip(open_, verdicts, strict=True):
-            made = contest.hear(verdict, scorer.beta, k)
-            if done is not None:
-                done(made)
+        try:
+            for place, ((_, contest), verdict) in enumerate(zip(open_, verdicts, strict=True)):
+                made = contest.hear(verdict, scorer.beta, place)
+                if done is not None:
+                    done(made)
+        except QuestionError as error:
+            raise QuestionError(open_[error.question][0], error.reason) from None
     return [contest.ranked() for contest in contests]
 
 
@@ -322,7 +319,7 @@ class _Contest:
             first, second = ([place[pair[side]] for pair in self.pairs] for side in (0, 1))
             p = expit(beta * (verdict.rewards[first] - verdict.rewards[second]))
         if not np.all(np.isfinite(p)):
-            raise NotFiniteError(number)
+            raise QuestionError(number, _NOT_FINITE)
         self._advance(p)
         return made
 
@@ -347,7 +344,7 @@ class _Contest:
 def _by_score(number: int, verdict: Verdict, done: Callable[[int], None] | None) -> Ranked:
     assert verdict.rewards is not None
     if not np.all(np.isfinite(verdict.rewards)):
-        raise NotFiniteError(number)
+        raise QuestionError(number, _NOT_FINITE)
     if done is not None:
         done(len(verdict.rewards))
     tokens = tuple(map(int, verdict.num_tokens))

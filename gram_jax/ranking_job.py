@@ -22,7 +22,8 @@ import numpy as np
 from gram_jax.distributed import is_main
 from gram_jax.errors import DataError, UserError
 from gram_jax.evaluation import wilson_interval
-from gram_jax.ranking import METHODS, Comparer, NotFiniteError, Ranked, check_method, rank
+from gram_jax.packing import PackCounts
+from gram_jax.ranking import METHODS, Comparer, Ranked, check_method, rank
 from gram_jax.ranking_input import (
     RankBlock,
     RankFacts,
@@ -32,6 +33,8 @@ from gram_jax.ranking_input import (
 )
 from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
+from gram_jax.scorer import QuestionError
+from gram_jax.scoring import EngineCounts
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
 
 _SECONDS_BETWEEN_RECORDS = 1.0
@@ -55,10 +58,17 @@ class RankingJob:
 
 
 class Engine(NamedTuple):
-    """A reward model, and all settings that decide its numbers."""
+    """A reward model.
+
+    Attributes:
+      settings: all that decides its numbers.
+      packed, engine: where it counts what it computes.
+    """
 
     scorer: Comparer
     settings: dict[str, Any]
+    packed: PackCounts
+    engine: EngineCounts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +82,9 @@ class RankingSummary:
       comparisons: that were made.
       sequences: that the model read: two per comparison of a judge, else one per response.
       costs: comparisons of these rows by method.
-      seconds: from the first block to the last, compilation included.
+      tokens_computed: a prompt counts once for all that share it.
+      seconds: from the first block to the last, compilation left out.
+      compile_seconds: of compiling, or of loading what was compiled before.
       labelled: rows that say which response is best.
       hits: of these, rows whose best response is the one found.
       chance: hits to be expected from choosing at random.
@@ -87,7 +99,9 @@ class RankingSummary:
     comparisons: int
     sequences: int
     costs: dict[str, int]
+    tokens_computed: int
     seconds: float
+    compile_seconds: float
     labelled: int
     hits: int
     chance: float
@@ -98,9 +112,11 @@ class RankingSummary:
         seconds = max(self.seconds, 1e-9)
         lines = [
             f"{self.rows:,} rows, {self.responses:,} responses ranked by {self.kind}, method"
-            f" {self.method}, in {duration(self.seconds)}",
+            f" {self.method}, in {duration(self.seconds)}, compilation"
+            f" {self.compile_seconds:.1f} s",
             f"{self.comparisons:,} comparisons ({human(self.comparisons / seconds)} comparisons/s),"
-            f" {self.sequences:,} sequences ({human(self.sequences / seconds)} sequences/s)",
+            f" {self.sequences:,} sequences, {human(self.tokens_computed)} tokens computed"
+            f" ({human(self.tokens_computed / seconds)} tokens/s)",
         ]
         if self.truncated_rows:
             lines.append(f"{self.truncated_rows:,} rows were truncated (column `truncated`)")
@@ -182,7 +198,7 @@ def run_ranking(
             files.finish()
             return RankingResult(RankingSummary(**state.summary), was_complete=True)
         files.open(state)
-        state = _rank(job, engine.scorer, files, state, facts, stream)
+        state = _rank(job, engine, files, state, facts, stream)
         summary = _summarise(job, engine.scorer.kind, facts, state)
         state.summary = dataclasses.asdict(summary)
         files.write_state(state)
@@ -192,7 +208,7 @@ def run_ranking(
 
 def _rank(
     job: RankingJob,
-    scorer: Comparer,
+    engine: Engine,
     files: JobFiles,
     state: JobState,
     facts: RankFacts,
@@ -201,12 +217,12 @@ def _rank(
     """Ranks what is left, keeps the state on disk up to date, and returns it."""
     unit = "response" if job.method == "scalar" else "comparison"
     total = facts.responses if job.method == "scalar" else facts.comparisons[job.method]
-    begun = position = int(state.counts.get(f"{unit}s", 0))
+    position = int(state.counts.get(f"{unit}s", 0))
+    begun = state.counts
     recorded = started = time.monotonic()
-    seconds_before = state.counts.get("seconds", 0.0)
     progress = Progress(
         total,
-        initial=begun,
+        initial=position,
         unit=unit,
         log_every=max(total // 20, 1),
         stream=stream,
@@ -216,24 +232,35 @@ def _rank(
     def advance(made: int) -> None:
         nonlocal position
         position += made
-        elapsed = max(time.monotonic() - started, 1e-9)
-        progress.update(position, {f"{unit}s/s": (position - begun) / elapsed})
+        elapsed = time.monotonic() - started - engine.engine.compile_seconds
+        rates = {
+            f"{unit}s/s": position - begun.get(f"{unit}s", 0),
+            "tokens/s": engine.packed.tokens,
+        }
+        progress.update(position, {name: n / max(elapsed, 1e-9) for name, n in rates.items()})
 
     files.write_state(state)
     try:
         for block in read_ranking_blocks(job.input, job.method, job.reference_index, state.lines):
-            found = _rank_block(job, scorer, block, advance)
+            found = _rank_block(job, engine.scorer, block, advance)
             rows = [_row(row, ranked) for row, ranked in zip(block.rows, found, strict=True)]
             size = state.size + files.append(rows)
             now = time.monotonic()
-            counts = _added(state.counts, block, found)
+            compiling = engine.engine.compile_seconds
+            spent = {
+                "tokens": engine.packed.tokens,
+                "seconds": now - started - compiling,
+                "compile_seconds": compiling,
+            }
+            # What an interrupted run spent on a block that it did not end is not counted.
+            spent = {name: begun.get(name, 0) + value for name, value in spent.items()}
             # One assignment: an interruption leaves the old state or the new one.
             state = dataclasses.replace(
                 state,
                 input_sha256=block.digest,
                 lines=block.end,
                 size=size,
-                counts=counts | {"seconds": seconds_before + now - started},
+                counts=_added(state.counts, block, found) | spent,
             )
             if now - recorded > _SECONDS_BETWEEN_RECORDS:
                 files.record(state)
@@ -251,9 +278,9 @@ def _rank_block(
     references = [row.reference for row in block.rows if row.reference is not None]
     try:
         return rank(scorer, questions, job.method, references=references or None, done=advance)
-    except NotFiniteError as error:
+    except QuestionError as error:
         number = block.rows[error.question].number
-        raise DataError(str(error), file=job.input, line=number) from None
+        raise DataError(error.reason, file=job.input, line=number) from None
 
 
 def _row(row: RankRow, ranked: Ranked) -> dict[str, Any]:
@@ -306,7 +333,9 @@ def _summarise(job: RankingJob, kind: str, facts: RankFacts, state: JobState) ->
         comparisons=made,
         sequences=sequences,
         costs={method: facts.comparisons[method] for method in METHODS},
+        tokens_computed=int(counts["tokens"]),
         seconds=counts["seconds"],
+        compile_seconds=counts["compile_seconds"],
         labelled=int(counts["labelled"]),
         hits=int(counts["hits"]),
         chance=counts["chance"],

@@ -9,7 +9,9 @@ from strength_judge import StrengthJudge, StrengthScorer
 
 from gram_jax import ranking_input, ranking_job
 from gram_jax.errors import DataError, UserError
+from gram_jax.packing import PackCounts
 from gram_jax.ranking_job import Engine, RankingJob, run_ranking
+from gram_jax.scoring import EngineCounts
 
 SETTINGS = {"checkpoint": "abc", "too_long": "error"}
 
@@ -41,11 +43,15 @@ def read(path):
     return [json.loads(line) for line in text.decode().splitlines()]
 
 
+def engine(scorer):
+    return Engine(scorer, SETTINGS, PackCounts(), EngineCounts())
+
+
 def run(folder, rows, scorer, name="out.jsonl", source="in.jsonl", **options):
     """Runs a job over these rows; returns (rows written, result)."""
     folder.mkdir(exist_ok=True)
     job = RankingJob(input=write(folder / source, rows), output=str(folder / name), **options)
-    result = run_ranking(job, lambda: Engine(scorer, SETTINGS), stream=io.StringIO())
+    result = run_ranking(job, lambda: engine(scorer), stream=io.StringIO())
     return read(folder / name), result
 
 
@@ -251,7 +257,7 @@ def test_progress_counts_comparisons(tmp_path):
     rows = made_rows(25)
     stream = io.StringIO()
     job = RankingJob(input=write(tmp_path / "in.jsonl", rows), output=str(tmp_path / "out.jsonl"))
-    result = run_ranking(job, lambda: Engine(StrengthJudge(), SETTINGS), stream=stream)
+    result = run_ranking(job, lambda: engine(StrengthJudge()), stream=stream)
     total = result.summary.comparisons
     assert f"comparison {total}/{total}  comparisons/s" in stream.getvalue()
 

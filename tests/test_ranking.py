@@ -13,14 +13,13 @@ from strength_judge import StrengthJudge, StrengthScorer
 from gram_jax.errors import UserError
 from gram_jax.ranking import (
     PRIOR,
-    NotFiniteError,
     bradley_terry,
     by_reward,
     check_method,
     comparisons,
     rank,
 )
-from gram_jax.scorer import Question, Verdict
+from gram_jax.scorer import Question, QuestionError, Verdict
 
 
 def sig(x):
@@ -242,7 +241,7 @@ def test_what_was_truncated_is_said():
 
 @pytest.mark.parametrize("scorer", [StrengthJudge(), StrengthScorer()])
 def test_a_score_that_is_no_number_is_refused(scorer):
-    with pytest.raises(NotFiniteError, match="not finite") as caught:
+    with pytest.raises(QuestionError, match="not finite") as caught:
         rank(scorer, [question(1.0, 2.0), question(1.0, math.nan)])
     assert caught.value.question == 1
 

@@ -3,15 +3,26 @@
 import gzip
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
+import peer_models
 import pytest
 from strength_judge import StrengthJudge, StrengthScorer
 
 from gram_jax import ranking_input, ranking_job
+from gram_jax.checkpoints import load_model
+from gram_jax.config import ComputeConfig
+from gram_jax.data.builtin import reference_topics
+from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.packing import PackCounts
 from gram_jax.ranking_job import Engine, RankingJob, run_ranking
+from gram_jax.scorer import LikelihoodScorer
 from gram_jax.scoring import EngineCounts
+from gram_jax.scoring_job import ScoringJob, run_job
 
 SETTINGS = {"checkpoint": "abc", "too_long": "error"}
 
@@ -272,3 +283,127 @@ def test_memory_is_that_of_a_block(tmp_path, monkeypatch):
     # From the end of a block on, the others are the same.
     later = list(ranking_input.read_ranking_blocks(path, "keep_best", None, blocks[2].end))
     assert later == blocks[3:]
+
+
+SIZES = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def english():
+    return [" ".join(topic.text.split()) for topic in reference_topics()][:40]
+
+
+@pytest.fixture(scope="module")
+def folder(english, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint")
+    peer_models.build("Llama", SIZES, seed=3).save_pretrained(path)
+    Tokenizer.train(english, 400).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_model(folder, ComputeConfig())
+
+
+def english_rows(english, count):
+    """Rows of two to four responses of different lengths."""
+    rows = []
+    for i in range(count):
+        responses = [english[(i + k) % 40][20 : 40 + 20 * k] for k in range(i % 3 + 2)]
+        rows.append({"id": i, "prompt": english[i % 40][:20], "responses": responses})
+    return rows
+
+
+def likelihood(loaded, **changes):
+    options = {"average": "sum", "beta": 0.1, "row_length": 128, "max_length": 128,
+               "too_long": "error", "batch_rows": 2}  # fmt: skip
+    scorer = LikelihoodScorer(loaded=loaded, **options | changes)
+    return Engine(scorer, SETTINGS, scorer.packed, scorer.engine)
+
+
+def run_likelihood(folder, rows, loaded, method="", **changes):
+    folder.mkdir(exist_ok=True)
+    job = RankingJob(
+        input=write(folder / "in.jsonl", rows), output=str(folder / "out.jsonl"), method=method
+    )
+    result = run_ranking(job, lambda: likelihood(loaded, **changes), stream=io.StringIO())
+    return read(folder / "out.jsonl"), result.summary
+
+
+@pytest.mark.parametrize("average", ["sum", "mean"])
+def test_rewards_are_those_of_score(tmp_path, english, loaded, average):
+    rows = english_rows(english, 30)
+    found, summary = run_likelihood(tmp_path, rows, loaded, average=average)
+    job = ScoringJob(
+        input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "scored.jsonl"), average=average,
+        row_length=128, batch_rows=2,
+    )  # fmt: skip
+    scores = run_job(job, lambda: loaded, stream=io.StringIO()).summary
+    for row, scored in zip(found, read(tmp_path / "scored.jsonl"), strict=True):
+        np.testing.assert_allclose(row["rewards"], scored["reward"], rtol=1e-5)
+        assert row["best"] == np.argmax(scored["reward"])
+    assert summary.tokens_computed == scores.tokens_computed
+    assert summary.compile_seconds > 0
+
+
+def test_a_likelihood_gives_the_probability_of_beating_a_reference(tmp_path, english, loaded):
+    rows = english_rows(english, 6)
+    for row in rows:
+        row["reference"] = row["responses"][-1]
+    found, summary = run_likelihood(tmp_path / "p", rows, loaded, "reference")
+    scored, _ = run_likelihood(tmp_path / "r", rows, loaded)
+    for row, other in zip(found, scored, strict=True):
+        rewards = np.array(other["rewards"])
+        expected = 1 / (1 + np.exp(-0.1 * (rewards - rewards[-1])))
+        np.testing.assert_allclose(row["rewards"], expected, rtol=1e-4)
+        assert row["ranking"] == other["ranking"]
+    assert summary.sequences == summary.responses + 6
+
+
+def test_what_is_too_long_is_named_or_cut(tmp_path, english, loaded):
+    long = {"id": 3, "prompt": english[1][:600], "responses": ["a", "b and c"]}
+    rows = [*english_rows(english, 3), long]
+    with pytest.raises(DataError, match=r"in\.jsonl:4: prompt .* more than max_length=128"):
+        run_likelihood(tmp_path, rows, loaded)
+    found, summary = run_likelihood(tmp_path / "cut", rows, loaded, too_long="truncate")
+    assert ["truncated" in row for row in found] == [False, False, False, True]
+    assert summary.truncated_rows == 1
+
+
+def test_what_the_tokenizer_cannot_do_is_named(tmp_path, english, loaded):
+    chat = {"prompt": [{"role": "user", "content": "Hello?"}], "responses": ["a", "b"]}
+    rows = [*english_rows(english, 3), chat]
+    with pytest.raises(DataError, match=r"in\.jsonl:4: .* chat template"):
+        run_likelihood(tmp_path, rows, loaded)
+
+
+COMMAND = [sys.executable, "-m", "gram_jax.rank"]
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_command_ranks_and_explains_its_errors(tmp_path, english, folder, loaded):
+    rows = english_rows(english, 5)
+    expected, _ = run_likelihood(tmp_path / "here", rows, loaded)
+    source = write(tmp_path / "in.jsonl", rows)
+    command = [*COMMAND, f"--checkpoint={folder}", f"--input={source}", "--batch_rows=8"]
+    done = subprocess.run(
+        [*command, f"--output={tmp_path / 'out.jsonl'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "out.jsonl")
+    for row, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(row["rewards"], other["rewards"], rtol=1e-5)
+        assert row["ranking"] == other["ranking"]
+    assert "5 rows, 14 responses ranked by likelihood, method scalar" in done.stdout
+    write(tmp_path / "in.jsonl", [rows[0], {"prompt": "a", "responses": "b"}])
+    failed = subprocess.run(
+        [*command, f"--output={tmp_path / 'no.jsonl'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1] == (
+        f"error: {source}:2: field 'responses': must be a list of at least one response"
+    )

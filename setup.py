@@ -36,6 +36,7 @@ setup(
         "numpy",
         "pyarrow>=20",
         "safetensors>=0.5",
+        "scipy",  # ratings from comparisons
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",  # without TensorFlow
         "tokenizers>=0.21",

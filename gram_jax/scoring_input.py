@@ -153,7 +153,7 @@ def check_input(path: str | Path, reserved: Sequence[str], at: int = 0) -> Input
                 raise DataError(reason, file=path, line=number, field=name)
         if "subset" in row:
             require_text(row, "subset", file=path, line=number, allow_empty=True)
-        _add_row(digest, row)
+        add_row(digest, row)
         if number == at:
             digests[number] = digest.hexdigest()
     digests[number] = digest.hexdigest()
@@ -229,7 +229,7 @@ def read_blocks(
     digest = hashlib.sha256()
     builder = _BlockBuilder()
     for number, row in read_jsonl(path):
-        _add_row(digest, row)
+        add_row(digest, row)
         if number <= start:
             continue
         candidates = candidates_of(row, file=path, line=number)
@@ -291,5 +291,6 @@ class _BlockBuilder:
         return self.block
 
 
-def _add_row(digest: Any, row: dict[str, Any]) -> None:
+def add_row(digest: Any, row: dict[str, Any]) -> None:
+    """Adds a row to a SHA-256 over rows."""
     digest.update(json.dumps(row).encode() + b"\n")

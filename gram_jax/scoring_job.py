@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from gram_jax.config import ModelConfig
 from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.distributed import is_main, main_first, process_id
+from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Accuracy, by_subset
 from gram_jax.mesh import check_divides
@@ -40,8 +40,8 @@ from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
 from gram_jax.rows import PackedRow
 from gram_jax.scoring import EngineCounts, Scored, score_batches, scoring_shape
-from gram_jax.scoring_input import Block, InputFacts, Line, check_input, read_blocks
-from gram_jax.scoring_state import JobFiles, JobState, differences
+from gram_jax.scoring_input import Block, Line, check_input, read_blocks
+from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
 
 BLOCKS_IN_FLIGHT = 3
 BLOCK_BATCHES = 32
@@ -216,13 +216,13 @@ def run_job(
     with JobFiles(job.output) as files:
         state = files.read_state()
         facts = check_input(job.input, job.columns(), at=state.lines if state else 0)
-        _check_alike(job.input, facts)
+        check_alike(job.input, facts.digests[facts.lines])
         loaded = load()
         job = job.resolved(loaded.model.config, loaded.tokenizer, mesh)
         settings = _settings(job, loaded)
         if state is None:
             state = JobState(settings, facts.digests[0])
-        _check_same(state, settings, facts, files)
+        check_same(state, settings, facts.lines, facts.digests, files)
         if state.summary is not None:
             files.finish()
             return JobResult(Summary(**state.summary), was_complete=True)
@@ -233,17 +233,6 @@ def run_job(
         files.write_state(state)
         files.finish()
         return JobResult(Summary(**state.summary), was_complete=False)
-
-
-def _check_alike(path: str, facts: InputFacts) -> None:
-    """Processes that read different rows would wait for each other in vain."""
-    mine = facts.digests[facts.lines]
-    first = main_first(lambda: mine)
-    if mine != first:
-        raise UserError(
-            f"{path}: in process {process_id()} the file is not the one that process 0 reads; it"
-            " must be the same on every machine"
-        )
 
 
 def _settings(job: ScoringJob, loaded: Loaded) -> dict[str, Any]:
@@ -258,26 +247,6 @@ def _settings(job: ScoringJob, loaded: Loaded) -> dict[str, Any]:
             for name in ("average", "max_length", "too_long", "per_token", "add_eos")
         },
     }
-
-
-def _check_same(
-    state: JobState, settings: dict[str, Any], facts: InputFacts, files: JobFiles
-) -> None:
-    """Refuses to mix the numbers of two different jobs in one file."""
-    found = differences(state.settings, settings)
-    if state.settings["too_long"] == "error" and state.summary is None:
-        # What is done was short enough: the rest may be cut.
-        found = [text for text in found if not text.startswith("too_long ")]
-        state.settings["too_long"] = settings["too_long"]
-    changed = facts.digests.get(state.lines) != state.input_sha256
-    if changed or (state.summary is not None and facts.lines != state.lines):
-        found.append(f"the input's rows differ from those of the {state.lines} lines done")
-    if found:
-        done = files.output if state.summary is not None else files.partial
-        raise UserError(
-            f"{done} was made by another job: {'; '.join(found)}. Delete it and"
-            f" {files.state_path.name}, or choose another --output"
-        )
 
 
 def _score(
@@ -420,12 +389,12 @@ class _Running:
 
         rewards = [s.score / (s.num_tokens if job.average == "mean" else 1) for s in scores]
         row = dict(line.row)
-        row["logprob"] = column([_short(score.score) for score in scores])
+        row["logprob"] = column([short(score.score) for score in scores])
         row["num_tokens"] = column([score.num_tokens for score in scores])
-        row["reward"] = column([_short(reward) for reward in rewards])
+        row["reward"] = column([short(reward) for reward in rewards])
         if job.per_token:
             tokens = [s.token_logprobs for s in scores if s.token_logprobs is not None]
-            row["token_logprobs"] = column([[_short(x) for x in values] for values in tokens])
+            row["token_logprobs"] = column([[short(x) for x in values] for values in tokens])
         if line.cut:
             row["truncated"] = {
                 "prompt_tokens": line.cut.prompt,
@@ -484,8 +453,3 @@ def _interval(accuracy: dict[str, Any] | None) -> str | None:
         return None
     a = Accuracy(**accuracy)
     return f"{a.value:.1%} [{a.low:.1%}, {a.high:.1%}]"
-
-
-def _short(value: float) -> float:
-    """The decimal with the fewest digits that is the same float32."""
-    return float(str(np.float32(value)))

@@ -21,7 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast
 
-from gram_jax.distributed import is_main, main_first
+import numpy as np
+
+from gram_jax.distributed import is_main, main_first, process_id
 from gram_jax.errors import UserError
 
 _FORMAT = 1
@@ -188,6 +190,59 @@ class JobFiles:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def short(value: float) -> float:
+    """The decimal with the fewest digits that is the same float32."""
+    return float(str(np.float32(value)))
+
+
+def check_alike(path: str | Path, digest: str) -> None:
+    """Processes that read different rows would wait for each other in vain.
+
+    Raises:
+      UserError: the digest of this process's rows is not that of process 0.
+    """
+    if digest != main_first(lambda: digest):
+        raise UserError(
+            f"{path}: in process {process_id()} the file is not the one that process 0 reads; it"
+            " must be the same on every machine"
+        )
+
+
+def check_same(
+    state: JobState,
+    settings: dict[str, Any],
+    lines: int,
+    digests: dict[int, str],
+    files: JobFiles,
+) -> None:
+    """Refuses to mix the numbers of two different jobs in one file.
+
+    Args:
+      state: what is done.
+      settings: of the job that would go on.
+      lines: of its input, the whole file.
+      digests: SHA-256 of the rows on so many first lines.
+      files: where the state comes from.
+
+    Raises:
+      UserError: says what differs.
+    """
+    found = differences(state.settings, settings)
+    if state.settings.get("too_long") == "error" and state.summary is None:
+        # What is done was short enough: the rest may be cut.
+        found = [text for text in found if not text.startswith("too_long ")]
+        state.settings["too_long"] = settings["too_long"]
+    changed = digests.get(state.lines) != state.input_sha256
+    if changed or (state.summary is not None and lines != state.lines):
+        found.append(f"the input's rows differ from those of the {state.lines} lines done")
+    if found:
+        done = files.output if state.summary is not None else files.partial
+        raise UserError(
+            f"{done} was made by another job: {'; '.join(found)}. Delete it and"
+            f" {files.state_path.name}, or choose another --output"
+        )
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -67,6 +67,7 @@ class RunInfo:
     versions: dict[str, str]
     validated: bool = False  # whether metrics["loss"] is a validation loss, to rank by
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # which rows it was trained on
+    judge: dict[str, Any] | None = None  # {"template": ..., "labels": [id, id]} of a judge
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "config": to_dict(self.config)}
@@ -86,10 +87,10 @@ def find_step_folder(path: str | Path) -> Path:
     Raises:
       UserError: there is none.
     """
-    return _candidates(path)[0]
+    return candidates(path)[0]
 
 
-def _candidates(path: str | Path) -> list[Path]:
+def candidates(path: str | Path) -> list[Path]:
     """The step folders that a CHECKPOINT may mean, best first; one if it is a step folder.
 
     Raises:
@@ -263,6 +264,7 @@ class LoadedModel:
     fingerprint: str  # of the folder's content, see fingerprint()
     hf_info: dict[str, Any] | None
     config: Config | None  # of the run that made it; None for a Hugging Face folder
+    judge: dict[str, Any] | None = None  # as in RunInfo
 
 
 def load_model(
@@ -289,7 +291,7 @@ def load_model(
             model, Tokenizer.load(path), fingerprint(path), dataclasses.asdict(info), None
         )
     else:
-        loaded = first_whole(_candidates(path), lambda folder: _load_step(folder, compute, mesh))
+        loaded = first_whole(candidates(path), lambda folder: _load_step(folder, compute, mesh))
     if dtype is not None:
         loaded.model = jax.tree.map(lambda x: x.astype(dtype), loaded.model)
     return loaded
@@ -304,7 +306,7 @@ def _load_step(folder: Path, compute: ComputeConfig, mesh: Mesh | None) -> Loade
     stored = _load_arrays(folder, {"weights": weights})["weights"]
     model = merge_model(graph, stored["trainable"], stored["frozen"]).joined_stacks()
     tokenizer = Tokenizer.load(folder / "files")
-    return LoadedModel(model, tokenizer, fingerprint(folder), run.hf_info, run.config)
+    return LoadedModel(model, tokenizer, fingerprint(folder), run.hf_info, run.config, run.judge)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -315,7 +317,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if hf.is_hf_folder(path):
         return Tokenizer.load(path)
-    return first_whole(_candidates(path), step_tokenizer, quiet=True)
+    return first_whole(candidates(path), step_tokenizer, quiet=True)
 
 
 def step_tokenizer(step_folder: Path) -> Tokenizer:
@@ -326,20 +328,6 @@ def step_tokenizer(step_folder: Path) -> Tokenizer:
     """
     verify_files(step_folder)
     return Tokenizer.load(step_folder / "files")
-
-
-def reward_average(path: str | Path) -> str:
-    """Whether the model's reward is a sum of log-probs or their mean: as it was fine-tuned.
-
-    ``sum`` where nothing says so (a pretrained model, a folder made by others).
-    """
-    if hf.is_hf_folder(path):
-        described = Path(path) / "gram_config.json"
-        values = json.loads(described.read_text("utf-8")) if described.is_file() else {}
-        return str(values.get("average", "sum"))
-    # The model itself is loaded elsewhere, where a damaged checkpoint is reported.
-    objective = first_whole(_candidates(path), read_run_info, quiet=True).config.objective
-    return "sum" if objective.name == "next_token" else objective.average
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -168,8 +168,9 @@ class DataConfig:
     format: str = setting(
         "auto",
         "Columns of the sources: text; responses (prompt, response or responses); preferences"
-        " (prompt, chosen, rejected); auto = as each source's first row says.",
-        choices=("auto", "text", "responses", "preferences"),
+        " (prompt, chosen, rejected); pairs (as responses, two of them in one sequence, as a judge"
+        " reads them); auto = as each source's first row says.",
+        choices=("auto", "text", "responses", "pairs", "preferences"),
     )
     reference_field: str = setting(
         "", "Column with [chosen, rejected] log-probs under a reference model, as `score` writes."
@@ -190,6 +191,17 @@ class DataConfig:
         choices=("truncate", "drop"),
     )
     add_eos: bool = setting(True, "The end-of-sequence token belongs to a finished response.")
+    judge_template: str = setting(
+        "",
+        "TOML file of the judge's template (docs/judge.md); '' = the one in our words.",
+        # It may move; its content is part of what rows are made of.
+        resume=FREE,
+    )
+    judge_orders: str = setting(
+        "both",
+        "In which orders a judge sees the responses of a pair in training: both, or one at random.",
+        choices=("both", "random"),
+    )
     on_bad_row: str = setting(
         "stop",
         "A row that cannot be used: stop and name it, or name it in quarantine.jsonl beside the"
@@ -495,8 +507,8 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
                 c.data.format == "auto"
                 or (c.objective.name == "next_token") == (c.data.format != "preferences")
             ),
-            "objective.name=next_token goes with data.format=text or responses, the others with"
-            " preferences",
+            "objective.name=next_token goes with data.format=text, responses or pairs, the others"
+            " with preferences",
         ),
         (
             lambda c: not c.train.head_only or c.objective.name == "bradley_terry",

@@ -82,6 +82,12 @@ def is_hf_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
+def is_classifier(path: str | Path) -> bool:
+    """Whether config.json names a sequence classifier."""
+    names = _read_object(Path(path) / CONFIG).get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
 def read_config(folder: str | Path) -> tuple[ModelConfig, HfInfo]:
     """The model's shape, and what an export must give back. Reads headers, not weights.
 

@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
-from gram_jax.config import FIXED, READINGS, Config, differences, validate
+from gram_jax.config import FIXED, Config, differences, validate
+from gram_jax.data.judge import label_ids
 from gram_jax.data.loader import device_batch
 from gram_jax.data.stage import data_folder, num_steps, stage_data
 from gram_jax.data.tokenizer import Tokenizer
@@ -121,8 +122,7 @@ class _Stage:
             step, opt_state = jax.tree.map(lambda x: _on_devices(x, mesh), (step, opt_state))
             wanted = TrainState(step, trainable, frozen, opt_state)
             self.start, self.state = store.restore(wanted)
-        reading = READINGS[c.objective.name]
-        readout = None if reading == "text" else Readout(reading, self.data.sequences)
+        readout = self._readout()
         self.train_step = make_train_step(graph, self.tx, c.objective, readout)
         self.eval_step = make_eval_step(graph, c.objective, readout)
         self.last: dict[str, float] = {}
@@ -133,6 +133,17 @@ class _Stage:
             round(self.data.train.context()),
             targets_per_token=self.data.train.targets_per_token(c.data.weights),
         )
+
+    def _readout(self) -> Readout | None:
+        """How sequences are scored; fills in what a checkpoint says of its judge."""
+        reading, template = self.data.layout.reading, self.data.layout.template
+        self.judge: dict[str, Any] | None = None
+        labels = None
+        if template is not None:
+            # Stage 1 may be on pairs of responses; its labels are of no use yet.
+            labels = label_ids(template, self.tokenizer) if reading == "judge" else None
+            self.judge = {"template": template.to_dict(), "labels": labels}
+        return None if reading == "text" else Readout(reading, self.data.sequences, labels)
 
     def run(self) -> StageResult:
         c, began = self.config, time.perf_counter()
@@ -261,6 +272,7 @@ class _Stage:
             versions=versions(),
             validated=validated,
             data={"train": self.data.identity()},
+            judge=self.judge,
         )
         # The steps up to here are not repeated, so what is known of them must not be lost.
         self.log.sync()

@@ -57,6 +57,10 @@ class PackCounts:
     sequences: int = 0
     pairs: int = 0
 
+    def add(self, other: PackCounts) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
     @property
     def padding(self) -> float:
         return 1 - self.tokens / self.places if self.places else 0.0

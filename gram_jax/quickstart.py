@@ -46,6 +46,7 @@ from gram_jax.model_card import export_checkpoint
 from gram_jax.models.decoder import init_decoder
 from gram_jax.quickstart_report import Scores, print_and_save
 from gram_jax.reporting import duration
+from gram_jax.scorer import RewardSettings
 from gram_jax.scoring_job import ScoringJob, run_job
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where everything is written.")
@@ -118,7 +119,9 @@ def score_sets(name: str, loaded: LoadedModel, files: TaskFiles, folder: Path) -
     found: dict[str, Scores] = {}
     for which, path in (("in", files.pairs_in), ("out", files.pairs_out)):
         output = folder / f"{name.replace(' ', '_')}_{which}.jsonl"
-        job = ScoringJob(input=str(path), output=str(output), row_length=ROW_LENGTH)
+        job = ScoringJob(
+            input=str(path), output=str(output), reward=RewardSettings(row_length=ROW_LENGTH)
+        )
         run_job(job, lambda: loaded)
         rows = [row for _, row in read_jsonl(output)]
         rewards = np.array([row["reward"] for row in rows])
@@ -134,7 +137,9 @@ def check_export(folder: Path, scored: Path, pairs: Path, work: Path) -> float:
     Relative where a log-prob is above 1 in size: max |a - b| / max(1, |b|).
     """
     again = work / "export_out.jsonl"
-    job = ScoringJob(input=str(pairs), output=str(again), row_length=ROW_LENGTH)
+    job = ScoringJob(
+        input=str(pairs), output=str(again), reward=RewardSettings(row_length=ROW_LENGTH)
+    )
     run_job(job, lambda: load_model(folder, ComputeConfig()))
     a, b = (np.array([row["logprob"] for _, row in read_jsonl(path)]) for path in (again, scored))
     return float((np.abs(a - b) / np.maximum(1, np.abs(b))).max())

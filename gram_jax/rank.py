@@ -43,24 +43,15 @@ from __future__ import annotations
 
 import sys
 
-import jax
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
 from gram_jax import entry
-from gram_jax.checkpoints import load_model, reward_average
-from gram_jax.config import ComputeConfig
 from gram_jax.distributed import is_main
-from gram_jax.errors import UserError
-from gram_jax.mesh import make_mesh, parse_mesh
-from gram_jax.models.decoder import compute_dtype
 from gram_jax.ranking import METHODS
 from gram_jax.ranking_job import Engine, RankingJob, run_ranking
-from gram_jax.scorer import LikelihoodScorer
-from gram_jax.scoring_job import ScoringJob
+from gram_jax.reward_model import define_flags, flag_scorer
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to rank.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.", required=True)
 _METHOD = flags.DEFINE_enum(
@@ -75,43 +66,6 @@ _REFERENCE_INDEX = flags.DEFINE_integer(
     "With --method=reference: the place (from 0) of the response that the others are compared with."
     " By default it is in the column `reference`.",
 )
-_REWARD = flags.DEFINE_enum(
-    "reward", "likelihood", ["likelihood"], "What a reward is: the log-prob of the response."
-)
-_BETA = flags.DEFINE_float(
-    "beta",
-    None,
-    "Log-odds per unit of reward, of a likelihood or a head with --method=reference. By default as"
-    " the model was fine-tuned, else 1.",
-)
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length",
-    0,
-    "Most tokens of a prompt and one response. 0 = 2048, or the model's positions if they are"
-    " fewer.",
-)
-_TOO_LONG = flags.DEFINE_enum(
-    "too_long",
-    "error",
-    ["error", "truncate"],
-    "A longer one: stop and name it; or cut the prompt from the left, then the response from the"
-    " right, and say so in the row's column `truncated`.",
-)
-_BATCH_ROWS = flags.DEFINE_integer(
-    "batch_rows", 0, "Rows computed at once. 0 = 4096 tokens on CPU, else 16384 per device."
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "float32", "bfloat16"],
-    "Of matrix products: auto = float32 on CPU, bfloat16 elsewhere.",
-)
-_MESH = flags.DEFINE_string(
-    "mesh",
-    "",
-    "How devices share the work, as in fsdp=2,tensor=4: data (copies of the model), fsdp and tensor"
-    " (parts of it). data takes what is left.",
-)
 
 
 def main(_: list[str]) -> None:
@@ -121,11 +75,7 @@ def main(_: list[str]) -> None:
         method=_METHOD.value or "",
         reference_index=_REFERENCE_INDEX.value,
     )
-    if _BETA.value is not None and not _BETA.value > 0:
-        raise UserError(f"--beta={_BETA.value} must be positive")
-    # One device needs no mesh.
-    mesh = make_mesh(parse_mesh(_MESH.value)) if len(jax.devices()) > 1 or _MESH.value else None
-    result = run_ranking(job, lambda: _engine(mesh))
+    result = run_ranking(job, _engine)
     if not is_main():
         return
     if result.was_complete:
@@ -134,37 +84,9 @@ def main(_: list[str]) -> None:
     print(f"written to {job.output}", file=sys.stderr)
 
 
-def _engine(mesh: Mesh | None) -> Engine:
-    """The reward model that the flags describe."""
-    loaded = load_model(_CHECKPOINT.value, ComputeConfig(dtype=_DTYPE.value), mesh)
-    asked = ScoringJob(
-        input=_INPUT.value,
-        output=_OUTPUT.value,
-        average=reward_average(_CHECKPOINT.value),
-        max_length=_MAX_LENGTH.value,
-        too_long=_TOO_LONG.value,
-        batch_rows=_BATCH_ROWS.value,
-    ).resolved(loaded.model.config, loaded.tokenizer, mesh)
-    trained_beta = loaded.config.objective.beta if loaded.config else 1.0
-    scorer = LikelihoodScorer(
-        loaded=loaded,
-        average=asked.average,
-        beta=_BETA.value or trained_beta,
-        row_length=asked.row_length,
-        max_length=asked.max_length,
-        too_long=asked.too_long,
-        batch_rows=asked.batch_rows,
-        mesh=mesh,
-    )
-    settings = {
-        "checkpoint": loaded.fingerprint,
-        "tokenizer": loaded.tokenizer.fingerprint(),
-        "dtype": str(np.dtype(compute_dtype(loaded.model.compute))),
-        "average": asked.average,
-        "max_length": asked.max_length,
-        "too_long": asked.too_long,
-    }
-    return Engine(scorer, settings, scorer.packed, scorer.engine)
+def _engine() -> Engine:
+    scorer = flag_scorer()
+    return Engine(scorer, scorer.identity(), scorer.packed, scorer.engine)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ through the tokenizer's chat template. The output has the same rows in the same 
 with lists, chosen first, where a row has several candidates. With chosen and rejected, the share of
 pairs in which the chosen response has the higher reward is printed at the end.
 
+With --reward=head, reward is the number of the model's head, and there is no logprob. With
+--reward=judge a row has two responses, or one and a column `reference` to compare it with. The
+judge reads both orders; log_odds holds log p(first label) - log p(second label) with the row's
+first response shown first, then shown second; reward is the mean over both orders of the
+probability that a response is the better one, so that the two rewards of a row add up to 1. The
+label's template is the checkpoint's, or --template=FILE.toml (docs/judge.md).
+
 More examples:
 
   # The mean log-prob per token, and each token's own
@@ -42,84 +49,34 @@ from __future__ import annotations
 
 import sys
 
-import jax
 from absl import flags
 
 from gram_jax import entry
-from gram_jax.checkpoints import load_model, reward_average
-from gram_jax.config import ComputeConfig
 from gram_jax.distributed import is_main
-from gram_jax.mesh import make_mesh, parse_mesh
+from gram_jax.errors import UserError
+from gram_jax.reward_model import define_flags, flag_mesh, flag_model, flag_settings
 from gram_jax.scoring_job import ScoringJob, run_job
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to score.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.", required=True)
-_REWARD = flags.DEFINE_enum(
-    "reward", "likelihood", ["likelihood"], "What a score is: the log-prob of the response."
-)
-_AVERAGE = flags.DEFINE_enum(
-    "average",
-    None,
-    ["sum", "mean"],
-    "The reward is the log-prob, or the log-prob per token. By default as the model was fine-tuned,"
-    " else sum.",
-)
-_ROW_LENGTH = flags.DEFINE_integer(
-    "row_length",
-    0,
-    "Tokens of a row, in which short sequences lie side by side. 0 = 2048, or as many as the model"
-    " has positions if they are fewer, or max_length if it is more.",
-)
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length",
-    0,
-    "Most tokens of a prompt and one response. 0 = row_length, or the model's positions.",
-)
-_TOO_LONG = flags.DEFINE_enum(
-    "too_long",
-    "error",
-    ["error", "truncate"],
-    "A longer one: stop and name it; or cut the prompt from the left (BOS and its last token stay),"
-    " then the response from the right, and say so in the row's column `truncated`.",
-)
-_BATCH_ROWS = flags.DEFINE_integer(
-    "batch_rows", 0, "Rows computed at once. 0 = 4096 tokens on CPU, else 16384 per device."
-)
 _PER_TOKEN = flags.DEFINE_bool(
     "per_token", False, "Write each token's log-prob, in the column `token_logprobs`."
-)
-_ADD_EOS = flags.DEFINE_bool("add_eos", True, "The end token is part of a response.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "float32", "bfloat16"],
-    "Of matrix products: auto = float32 on CPU, bfloat16 elsewhere.",
-)
-_MESH = flags.DEFINE_string(
-    "mesh",
-    "",
-    "How devices share the work, as in fsdp=2,tensor=4: data (copies of the model), fsdp and tensor"
-    " (parts of it). data takes what is left.",
 )
 
 
 def main(_: list[str]) -> None:
+    settings = flag_settings()
+    if _PER_TOKEN.value and settings.reading != "likelihood":
+        raise UserError(
+            f"--per_token: a {settings.reading} has no log-probs of tokens; leave it out, or add"
+            " --reward=likelihood"
+        )
     job = ScoringJob(
-        input=_INPUT.value,
-        output=_OUTPUT.value,
-        average=_AVERAGE.value or reward_average(_CHECKPOINT.value),
-        row_length=_ROW_LENGTH.value,
-        max_length=_MAX_LENGTH.value,
-        too_long=_TOO_LONG.value,
-        batch_rows=_BATCH_ROWS.value,
-        per_token=_PER_TOKEN.value,
-        add_eos=_ADD_EOS.value,
+        input=_INPUT.value, output=_OUTPUT.value, reward=settings, per_token=_PER_TOKEN.value
     )
-    compute = ComputeConfig(dtype=_DTYPE.value)
-    # One device needs no mesh.
-    mesh = make_mesh(parse_mesh(_MESH.value)) if len(jax.devices()) > 1 or _MESH.value else None
-    result = run_job(job, lambda: load_model(_CHECKPOINT.value, compute, mesh), mesh=mesh)
+    mesh = flag_mesh()
+    result = run_job(job, flag_model(mesh), mesh=mesh)
     if not is_main():
         return
     if result.was_complete:

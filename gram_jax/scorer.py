@@ -1,26 +1,57 @@
-"""What is asked about a prompt's responses, and what a reward model answers."""
+"""A reward model ready for use: questions in, verdicts out, packed and batched together.
+
+One engine for all that compares responses. A question is a prompt with responses; a likelihood and
+a head give each response a number, a judge compares two at a time, in both orders.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from gram_jax.data.prompts import encode_candidates
+from gram_jax.config import ModelConfig
+from gram_jax.data.judge import JudgeTemplate, label_ids
+from gram_jax.data.prompts import ExampleError
 from gram_jax.data.sources import Prompt, Response
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.encoding import BlockBuilder, Encoded, Encoder
 from gram_jax.errors import UserError
-from gram_jax.packing import PackCounts, pack
-from gram_jax.rows import Example
-from gram_jax.scoring import EngineCounts, Scored, score_batches, scoring_shape
-from gram_jax.scoring_input import fit
-from gram_jax.scoring_job import Loaded
+from gram_jax.evaluation import win_probability
+from gram_jax.mesh import check_divides
+from gram_jax.models.decoder import Decoder, compute_dtype
+from gram_jax.packing import PackCounts
+from gram_jax.readouts import Readout
+from gram_jax.rows import RowShape
+from gram_jax.scoring import EngineCounts, Running, score_batches, scoring_shape
 
-_WINDOW = 1024  # questions that are packed together
+READINGS = ("likelihood", "judge", "head")
+"""What a reward can be."""
+
+DEFAULT_ROW_LENGTH = 2048
+# Tokens of a batch per device: enough to keep it busy, few enough for its memory.
+_BATCH_TOKENS = {"cpu": 4096}
+_BATCH_TOKENS_ACCELERATOR = 16384
+_WINDOW_BATCHES = 32
+"""Batches of the questions that are packed together; the last one is partly padding."""
+_WINDOW_QUESTIONS = 8192
+
+
+class Loaded(Protocol):
+    """What a checkpoint gives: the model, its tokenizer, and a name for the numbers they make."""
+
+    @property
+    def model(self) -> Decoder: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def fingerprint(self) -> str: ...
 
 
 class Question(NamedTuple):
@@ -40,7 +71,7 @@ class Verdict(NamedTuple):
 
     Attributes:
       rewards: [n], the log-probs or the head's numbers; None of a judge.
-      num_tokens: int [n], of each response, its end token included.
+      num_tokens: int [n], of each response; its end token included, unless of a judge.
       forward: [pairs], z_A - z_B with i shown first; None unless of a judge.
       backward: [pairs], the same with j shown first.
       truncated: something was cut to fit.
@@ -54,43 +85,174 @@ class Verdict(NamedTuple):
 
 
 class QuestionError(UserError):
-    """A question that cannot be answered; ``question`` is its place in what was asked."""
+    """A question that cannot be answered.
 
-    def __init__(self, question: int, reason: str) -> None:
-        self.question, self.reason = question, reason
+    Attributes:
+      question: its place in what was asked.
+      reason: what is wrong.
+      field: ``prompt`` or ``response``; "" where neither is to blame.
+      index: which response.
+    """
+
+    def __init__(self, question: int, reason: str, field: str = "", index: int = 0) -> None:
+        self.question, self.reason, self.field, self.index = question, reason, field, index
         super().__init__(reason)
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class LikelihoodScorer:
-    """Rewards that are the log-probs of responses, or their means per token.
+def judge_probability(
+    forward: NDArray[np.float64], backward: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """p(i is better than j), the mean over both orders of the probability of i's label.
+
+    p = (sig(s_ij) + sig(-s_ji)) / 2, where s is z_A - z_B of the order; p_ij + p_ji = 1. The
+    softmax is over the two labels within an order, never over the two orders.
+    """
+    return 0.5 * (win_probability(forward, 1.0) + win_probability(-backward, 1.0))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """How a reward is read. 0 = chosen from the model and the device.
 
     Attributes:
-      loaded: the model and its tokenizer.
-      average: ``sum`` or ``mean``.
-      beta: turns differences of rewards into log-odds.
+      reading: one of `READINGS`.
+      average: a likelihood is the log-prob of a response (sum), or that over its tokens (mean).
+      beta: log-odds per unit of reward; a judge's is 1.
       row_length: tokens of a row, in which short sequences lie side by side.
-      max_length: most tokens of a prompt and one response; at most ``row_length``.
-      too_long: ``error`` stops at a longer one, ``truncate`` cuts it.
+      max_length: most tokens of a sequence: a prompt and one response, or a judge prompt.
+      too_long: ``error`` stops at a longer one, ``truncate`` cuts it and says so.
       batch_rows: rows computed at once.
-      mesh: what the model is spread over, or None for one device.
-      packed, engine: filled with what was computed.
+      add_eos: the end token is part of a response.
+      template: the judge's.
     """
 
-    loaded: Loaded
-    average: str
-    beta: float
-    row_length: int
-    max_length: int
-    too_long: str
-    batch_rows: int
-    mesh: Mesh | None = None
-    packed: PackCounts = dataclasses.field(default_factory=PackCounts)
-    engine: EngineCounts = dataclasses.field(default_factory=EngineCounts)
+    reading: str = "likelihood"
+    average: str = "sum"
+    beta: float = 1.0
+    row_length: int = 0
+    max_length: int = 0
+    too_long: str = "error"
+    batch_rows: int = 0
+    add_eos: bool = True
+    template: JudgeTemplate | None = None
+
+    def resolved(
+        self, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh | None
+    ) -> RewardSettings:
+        """The same settings with every 0 replaced.
+
+        Raises:
+          UserError: a setting that this model, or another setting, does not allow.
+        """
+        for name, choices in (
+            ("reading", READINGS),
+            ("average", ("sum", "mean")),
+            ("too_long", ("error", "truncate")),
+        ):
+            if getattr(self, name) not in choices:
+                value = getattr(self, name)
+                raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
+        if not self.beta > 0:
+            raise UserError(f"beta={self.beta} must be positive")
+        longest = model.max_position
+        row_length = self.row_length or max(min(DEFAULT_ROW_LENGTH, longest), self.max_length)
+        max_length = self.max_length or min(row_length, longest)
+        if not len(tokenizer.prefix_ids) + 2 <= max_length <= min(row_length, longest):
+            raise UserError(
+                f"max_length={max_length} must be at least {len(tokenizer.prefix_ids) + 2}, and at"
+                f" most row_length={row_length} and the model's {longest} positions"
+            )
+        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        tokens = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
+        batch_rows = self.batch_rows or max(tokens // row_length, 1) * shards
+        if batch_rows < 1:
+            raise UserError(f"batch_rows={batch_rows} must be positive")
+        if mesh is not None:
+            check_divides(mesh, model, batch_rows)
+        template = self.template
+        if self.reading == "judge" and template is None:
+            template = JudgeTemplate.load()
+        return dataclasses.replace(
+            self,
+            row_length=row_length,
+            max_length=max_length,
+            batch_rows=batch_rows,
+            template=template,
+        )
+
+
+class Scorer:
+    """A reward model that answers questions.
+
+    Attributes:
+      settings: how rewards are read, with nothing left to choose.
+      encoder, shape, readout: what the settings mean for this model.
+      packed, engine: filled with what is computed.
+    """
+
+    def __init__(self, loaded: Loaded, settings: RewardSettings, mesh: Mesh | None = None):
+        """Raises UserError if the settings do not go with the model."""
+        self._model, self._mesh, tokenizer = loaded.model, mesh, loaded.tokenizer
+        self._fingerprint = loaded.fingerprint
+        self.settings = s = settings.resolved(loaded.model.config, tokenizer, mesh)
+        if s.reading == "head" and not hasattr(loaded.model, "head"):
+            raise UserError(
+                "this model has no reward head; --reward=head is for models of bradley_terry and"
+                " sequence classifiers"
+            )
+        labels = None
+        if s.reading == "judge":
+            assert s.template is not None
+            labels = label_ids(s.template, tokenizer)
+        self.encoder = Encoder(
+            tokenizer=tokenizer,
+            reading=s.reading,
+            max_length=s.max_length,
+            too_long=s.too_long,
+            add_eos=s.add_eos,
+            template=s.template,
+        )
+        self.shape: RowShape = scoring_shape(s.row_length, s.reading)
+        self.readout = Readout(s.reading, self.shape.sequences, labels)
+        self.packed, self.engine = PackCounts(), EngineCounts()
 
     @property
     def kind(self) -> str:
-        return "likelihood"
+        """One of `READINGS`."""
+        return self.settings.reading
+
+    @property
+    def beta(self) -> float:
+        """Log-odds per unit of a difference of rewards."""
+        return 1.0 if self.kind == "judge" else self.settings.beta
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides numbers beyond rounding, as plain values."""
+        s = self.settings
+        return {
+            "checkpoint": self._fingerprint,
+            "tokenizer": self.encoder.tokenizer.fingerprint(),
+            "dtype": str(np.dtype(compute_dtype(self._model.compute))),
+            "reward": s.reading,
+            "average": s.average,
+            "max_length": s.max_length,
+            "too_long": s.too_long,
+            "add_eos": s.add_eos,
+            **({"template": s.template.fingerprint()} if s.template else {}),
+        }
+
+    def run(self, batches: Iterable[Sequence[Any]], *, per_token: bool = False) -> Iterator[Any]:
+        """`score_batches` of this model, which takes rows of ``shape``."""
+        return score_batches(
+            self._model,
+            batches,
+            self.shape,
+            self.settings.batch_rows,
+            readout=self.readout,
+            mesh=self._mesh,
+            per_token=per_token,
+            counts=self.engine,
+        )
 
     def score(self, questions: Iterable[Question]) -> Iterator[Verdict]:
         """One verdict per question, in order; questions are read as they are needed.
@@ -98,68 +260,72 @@ class LikelihoodScorer:
         Raises:
           QuestionError: the tokenizer cannot do with a question, or it is too long.
         """
-        waiting: dict[int, _Waiting] = {}
+        waiting: collections.deque[_Window] = collections.deque()
 
-        def examples() -> Iterator[Example]:
-            for key, question in enumerate(questions):
-                example, truncated = self._example(key, question)
-                waiting[key] = _Waiting([len(r) for r in example.responses], truncated)
-                yield example
+        def batches() -> Iterator[Sequence[Any]]:
+            for window in self._windows(questions):
+                waiting.append(window)
+                yield from window.running.batches
 
-        following = 0
-        for score in self._scores(examples()):
-            waiting[score.key].rewards[score.response] = score.score
-            while (first := waiting.get(following)) is not None and first.complete:
-                del waiting[following]
-                following += 1
-                yield self._verdict(first)
+        for scores in self.run(batches()):
+            while not waiting[0].running.missing:  # it has nothing to compute
+                yield from self._finish(waiting.popleft())
+            waiting[0].running.add(scores)
+            if not waiting[0].running.missing:
+                yield from self._finish(waiting.popleft())
+        while waiting:
+            yield from self._finish(waiting.popleft())
 
-    def _scores(self, examples: Iterator[Example]) -> Iterator[Scored]:
-        shape = scoring_shape(self.row_length)
-        windows = iter(lambda: list(itertools.islice(examples, _WINDOW)), [])
-        rows = (row for window in windows for row in pack(window, shape, counts=self.packed))
-        batches = iter(lambda: list(itertools.islice(rows, self.batch_rows)), [])
-        for scores in score_batches(
-            self.loaded.model, batches, shape, self.batch_rows, mesh=self.mesh, counts=self.engine
-        ):
-            yield from scores
+    def _finish(self, window: _Window) -> Iterator[Verdict]:
+        self.packed.add(window.running.packed)
+        yield from window.verdicts(self.settings)
 
-    def _example(self, key: int, question: Question) -> tuple[Example, bool]:
-        """The question as token ids, and whether something was cut."""
-        tokenizer = self.loaded.tokenizer
+    def _windows(self, questions: Iterable[Question]) -> Iterator[_Window]:
+        tokens = _WINDOW_BATCHES * self.settings.batch_rows * self.shape.tokens
+        builder, asked = BlockBuilder(), list[_Asked]()
+        for number, question in enumerate(questions):
+            encoded = self._encode(number, question)
+            asked.append(_Asked(question, encoded, builder.add(encoded.sequences)))
+            if builder.placed >= tokens or len(asked) >= _WINDOW_QUESTIONS:
+                yield self._window(builder, asked)
+                builder, asked = BlockBuilder(), []
+        if asked:
+            yield self._window(builder, asked)
+
+    def _window(self, builder: BlockBuilder, asked: list[_Asked]) -> _Window:
+        return _Window(asked, Running(builder.examples(), self.shape, self.settings.batch_rows))
+
+    def _encode(self, number: int, question: Question) -> Encoded:
         try:
-            prompt, responses = encode_candidates(
-                question.prompt, list(question.responses), tokenizer
-            )
+            return self.encoder.encode(*question)
+        except ExampleError as error:
+            raise QuestionError(number, error.reason, error.field, error.index) from None
         except UserError as error:
-            raise QuestionError(key, str(error)) from None
-        longest = max(map(len, responses))
-        if len(prompt) + longest > self.max_length and self.too_long == "error":
-            raise QuestionError(
-                key,
-                f"prompt ({len(prompt)} tokens) and a response ({longest} tokens) are"
-                f" {len(prompt) + longest} tokens, more than max_length={self.max_length}; raise"
-                " --max_length, or cut with --too_long=truncate",
-            )
-        prompt, responses, cut = fit(prompt, responses, self.max_length, tokenizer.prefix_ids)
-        return Example(prompt, tuple(responses), key=key), bool(cut)
-
-    def _verdict(self, done: _Waiting) -> Verdict:
-        num_tokens = np.array(done.num_tokens)
-        rewards = np.array([done.rewards[i] for i in range(len(num_tokens))])
-        if self.average == "mean":
-            rewards = rewards / num_tokens
-        return Verdict(rewards, num_tokens, None, None, done.truncated)
+            raise QuestionError(number, str(error)) from None
 
 
-@dataclasses.dataclass(slots=True)
-class _Waiting:
-    """A question on its way; ``rewards`` by response, as they come."""
+class _Asked(NamedTuple):
+    """A question, what is read for it, and where the scores come from."""
 
-    num_tokens: list[int]
-    truncated: bool
-    rewards: dict[int, float] = dataclasses.field(default_factory=dict)
+    question: Question
+    encoded: Encoded
+    places: list[tuple[int, int]]
 
-    @property
-    def complete(self) -> bool:
-        return len(self.rewards) == len(self.num_tokens)
+
+class _Window(NamedTuple):
+    """Questions that are packed together."""
+
+    asked: list[_Asked]
+    running: Running
+
+    def verdicts(self, settings: RewardSettings) -> Iterator[Verdict]:
+        for _, encoded, places in self.asked:
+            scores = np.array([self.running[place].score for place in places], np.float64)
+            num_tokens = np.array(encoded.num_tokens, np.int64)
+            truncated = bool(encoded.cut)
+            if settings.reading == "judge":
+                yield Verdict(None, num_tokens, scores[::2], scores[1::2], truncated)
+                continue
+            if settings.reading == "likelihood" and settings.average == "mean":
+                scores = scores / num_tokens
+            yield Verdict(scores, num_tokens, None, None, truncated)

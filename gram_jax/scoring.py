@@ -212,3 +212,31 @@ def _fetch(
             scored.append(Scored(key, response, float(score_bs[b, s]), n, tokens))
             slot += n
     return scored
+
+
+class Running:
+    """Examples that were packed together, on their way through :func:`score_batches`.
+
+    Attributes:
+      batches: their rows, ``batch_rows`` at a time.
+      packed: what packing did.
+      places: token places of the batches, padding included.
+      missing: batches whose scores have not come yet.
+    """
+
+    def __init__(self, examples: Sequence[Example], shape: RowShape, batch_rows: int):
+        self.packed = PackCounts()
+        rows = list(pack(examples, shape, counts=self.packed))
+        self.batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+        self.places = len(self.batches) * batch_rows * shape.tokens
+        self.missing = len(self.batches)
+        self._scores: dict[tuple[int, int], Scored] = {}
+
+    def add(self, scores: Sequence[Scored]) -> None:
+        """Takes the scores of one batch."""
+        self.missing -= 1
+        self._scores.update({(score.key, score.response): score for score in scores})
+
+    def __getitem__(self, place: tuple[int, int]) -> Scored:
+        """The score of (example's key, response)."""
+        return self._scores[place]

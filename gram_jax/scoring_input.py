@@ -1,7 +1,8 @@
 """From lines of a file to examples to score: checking, tokenising, cutting, grouping.
 
 A row is ``{"prompt", "response"}``, ``{"prompt", "responses": [...]}`` or
-``{"prompt", "chosen", "rejected"}``; prompts and responses are text or chat messages.
+``{"prompt", "chosen", "rejected"}``; prompts and responses are text or chat messages. A judge takes
+two responses, or one and a ``reference`` to compare it with.
 
 Lines are read in blocks. Within a block, lines with the same prompt become one example, so that the
 prompt is computed once, and equal responses to it too. Blocks know nothing of each other: the
@@ -18,9 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from gram_jax.data.prompts import ExampleError, encode_candidates
+from gram_jax.data.prompts import ExampleError
 from gram_jax.data.sources import (
     Prompt,
     Response,
@@ -30,9 +29,8 @@ from gram_jax.data.sources import (
     require_response,
     require_text,
 )
-from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.encoding import BlockBuilder, Cut, Encoded, Encoder
 from gram_jax.errors import DataError, UserError
-from gram_jax.rows import Example, IntArray
 
 MAX_LINES = 8192
 """Lines of a block, at most: what bounds memory where lines are short or all alike."""
@@ -51,15 +49,10 @@ class Candidates(NamedTuple):
     fields: list[str]
     single: bool
 
-
-class Cut(NamedTuple):
-    """How many tokens were cut: from the prompt's left, from each response's right."""
-
-    prompt: int
-    responses: tuple[int, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.prompt or any(self.responses))
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """What a judge compares: the first two."""
+        return [(0, 1)]
 
 
 class InputFacts(NamedTuple):
@@ -74,32 +67,29 @@ class InputFacts(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Line:
-    """A row and where the numbers of its candidates come from: (example's key, response)."""
+    """A row, and where the numbers of its sequences come from: (example's key, sequence)."""
 
     number: int
     row: dict[str, Any]
     single: bool
     places: list[tuple[int, int]]
+    num_tokens: tuple[int, ...]
     cut: Cut
 
 
 @dataclasses.dataclass(slots=True)
 class Block:
-    """Some lines that follow one another.
+    """Some lines that follow one another, the sequences they need, and a SHA-256 of all rows up to
+    the block's last line."""
 
-    Attributes:
-      tokens: of prompt + response, over all candidates.
-      placed: of the examples: each prompt and each distinct response once.
-      end: lines of the file up to the end of the block.
-      digest: SHA-256 of the rows on these.
-    """
+    lines: list[Line]
+    sequences: BlockBuilder
+    digest: str
 
-    lines: list[Line] = dataclasses.field(default_factory=list)
-    examples: list[Example] = dataclasses.field(default_factory=list)
-    tokens: int = 0
-    placed: int = 0
-    end: int = 0
-    digest: str = ""
+    @property
+    def end(self) -> int:
+        """Lines of the file up to the end of the block."""
+        return self.lines[-1].number
 
 
 def candidates_of(row: dict[str, Any], *, file: str | Path, line: int | None) -> Candidates:
@@ -131,22 +121,26 @@ def candidates_of(row: dict[str, Any], *, file: str | Path, line: int | None) ->
     return Candidates(prompt, responses, fields, single=found == ["response"])
 
 
-def check_input(path: str | Path, reserved: Sequence[str], at: int = 0) -> InputFacts:
+def check_input(
+    path: str | Path, reserved: Sequence[str], at: int = 0, *, reading: str = "likelihood"
+) -> InputFacts:
     """Reads a file to its end, so that a bad row is named before any work is done.
 
     Args:
       path: a JSONL file.
       reserved: names of the columns that will be added, which no row may have.
       at: a number of lines whose digest is wanted besides that of all of them.
+      reading: what a score is.
 
     Raises:
       DataError: names file, line and field.
     """
     digest = hashlib.sha256()
     digests = {0: digest.hexdigest()}
+    parse = judged if reading == "judge" else candidates_of
     number = 0
     for number, row in read_jsonl(path):
-        candidates_of(row, file=path, line=number)
+        parse(row, file=path, line=number)
         for name in reserved:
             if name in row:
                 reason = "is there already, and scoring would write it; rename or remove it"
@@ -160,23 +154,36 @@ def check_input(path: str | Path, reserved: Sequence[str], at: int = 0) -> Input
     return InputFacts(number, digests)
 
 
-def encode(
-    candidates: Candidates,
-    tokenizer: Tokenizer,
-    *,
-    add_eos: bool,
-    file: str | Path,
-    line: int | None,
-) -> tuple[IntArray, list[IntArray]]:
-    """Token ids of the prompt and of each response.
+def judged(row: dict[str, Any], *, file: str | Path, line: int | None) -> Candidates:
+    """What a judge reads of a row: chosen and rejected, two responses, or one and a ``reference``.
 
     Raises:
-      DataError: the tokenizer or its chat template cannot do with this row.
+      DataError: names file, line and field of what is missing or wrong.
+    """
+    found = candidates_of(row, file=file, line=line)
+    if found.single:
+        reference = require_response(row, "reference", found.prompt, file=file, line=line)
+        responses = [*found.responses, reference]
+        return Candidates(found.prompt, responses, ["response", "reference"], single=True)
+    if len(found.responses) != 2:
+        reason = (
+            f"holds {len(found.responses)}, and a judge compares two; rank more with"
+            " python -m gram_jax.rank"
+        )
+        raise DataError(reason, file=file, line=line, field="responses")
+    return found
+
+
+def encode(
+    candidates: Candidates, encoder: Encoder, *, file: str | Path, line: int | None
+) -> Encoded:
+    """Token ids of a row's sequences.
+
+    Raises:
+      DataError: the tokenizer or a template cannot do with this row, or it is too long.
     """
     try:
-        return encode_candidates(
-            candidates.prompt, candidates.responses, tokenizer, add_eos=add_eos
-        )
+        return encoder.encode(candidates.prompt, candidates.responses, candidates.pairs)
     except ExampleError as error:
         field = "prompt" if error.field == "prompt" else candidates.fields[error.index]
         raise DataError(error.reason, file=file, line=line, field=field) from None
@@ -184,111 +191,30 @@ def encode(
         raise DataError(str(error), file=file, line=line) from None
 
 
-def fit(
-    prompt: IntArray, responses: Sequence[IntArray], max_length: int, prefix: Sequence[int]
-) -> tuple[IntArray, list[IntArray], Cut]:
-    """Cuts what is too long: first the prompt from its left, then responses from their right.
-
-    All candidates keep the same prompt, cut as the longest response needs it. The prompt keeps
-    ``prefix`` (the BOS, if it starts with one) and at least its last token. A response that is too
-    long even so loses its end, and its end token with it.
-
-    Args:
-      prompt: [n] ids.
-      responses: ids of each response.
-      max_length: most tokens of the prompt and one response; at least len(prefix) + 2.
-      prefix: ids that the tokenizer puts before every prompt.
-    """
-    longest = max(map(len, responses))
-    if len(prompt) + longest <= max_length:
-        return prompt, list(responses), Cut(0, (0,) * len(responses))
-    head = len(prefix) if list(prompt[: len(prefix)]) == list(prefix) else 0
-    head = min(head, len(prompt) - 1)
-    keep = min(max(max_length - longest, head + 1), len(prompt))
-    short_prompt = np.concatenate((prompt[:head], prompt[len(prompt) - (keep - head) :]))
-    short = [response[: max_length - keep] for response in responses]
-    cuts = tuple(len(a) - len(b) for a, b in zip(responses, short, strict=True))
-    return short_prompt, short, Cut(len(prompt) - keep, cuts)
-
-
 def read_blocks(
-    path: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    start: int,
-    add_eos: bool,
-    max_length: int,
-    truncate: bool,
-    block_tokens: int,
+    path: str | Path, encoder: Encoder, *, start: int, block_tokens: int
 ) -> Iterator[Block]:
     """The lines after the first ``start``, in blocks of about ``block_tokens`` tokens to compute.
 
     Raises:
-      DataError: a bad row; or a row longer than ``max_length`` tokens, unless ``truncate``.
+      DataError: a bad row, or one that is too long.
     """
     digest = hashlib.sha256()
-    builder = _BlockBuilder()
+    parse = judged if encoder.reading == "judge" else candidates_of
+    builder, lines = BlockBuilder(), list[Line]()
     for number, row in read_jsonl(path):
         add_row(digest, row)
         if number <= start:
             continue
-        candidates = candidates_of(row, file=path, line=number)
-        prompt, responses = encode(candidates, tokenizer, add_eos=add_eos, file=path, line=number)
-        longest = max(map(len, responses))
-        if len(prompt) + longest > max_length and not truncate:
-            field = candidates.fields[max(range(len(responses)), key=lambda i: len(responses[i]))]
-            reason = (
-                f"prompt ({len(prompt)} tokens) and response ({longest} tokens) are"
-                f" {len(prompt) + longest} tokens, more than max_length={max_length}; raise"
-                " --max_length (and --row_length), or cut with --too_long=truncate"
-            )
-            raise DataError(reason, file=path, line=number, field=field)
-        prompt, responses, cut = fit(prompt, responses, max_length, tokenizer.prefix_ids)
-        places = builder.add(prompt, responses)
-        builder.block.lines.append(Line(number, row, candidates.single, places, cut))
-        if builder.block.placed >= block_tokens or len(builder.block.lines) >= MAX_LINES:
-            yield builder.close(number, digest.hexdigest())
-            builder = _BlockBuilder()
-    if builder.block.lines:
-        yield builder.close(builder.block.lines[-1].number, digest.hexdigest())
-
-
-class _BlockBuilder:
-    """Groups what is added by prompt; examples stand in order of first appearance."""
-
-    def __init__(self) -> None:
-        self.block = Block()
-        self._keys: dict[bytes, int] = {}
-        self._prompts: list[IntArray] = []
-        self._responses: list[list[IntArray]] = []
-        self._places: dict[tuple[int, bytes], int] = {}
-
-    def add(self, prompt: IntArray, responses: Sequence[IntArray]) -> list[tuple[int, int]]:
-        """Returns the place of each response: (example's key, number of the response)."""
-        key = self._keys.setdefault(prompt.tobytes(), len(self._prompts))
-        if key == len(self._prompts):
-            self._prompts.append(prompt)
-            self._responses.append([])
-            self.block.placed += len(prompt) - 1
-        known = self._responses[key]
-        places = []
-        for response in responses:
-            place = self._places.setdefault((key, response.tobytes()), len(known))
-            if place == len(known):
-                known.append(response)
-                self.block.placed += len(response)
-            places.append((key, place))
-            self.block.tokens += len(prompt) + len(response)
-        return places
-
-    def close(self, end: int, digest: str) -> Block:
-        groups = zip(self._prompts, self._responses, strict=True)
-        self.block.examples = [
-            Example(prompt, tuple(responses), key=key)
-            for key, (prompt, responses) in enumerate(groups)
-        ]
-        self.block.end, self.block.digest = end, digest
-        return self.block
+        candidates = parse(row, file=path, line=number)
+        found = encode(candidates, encoder, file=path, line=number)
+        places = builder.add(found.sequences)
+        lines.append(Line(number, row, candidates.single, places, found.num_tokens, found.cut))
+        if builder.placed >= block_tokens or len(lines) >= MAX_LINES:
+            yield Block(lines, builder, digest.hexdigest())
+            builder, lines = BlockBuilder(), []
+    if lines:
+        yield Block(lines, builder, digest.hexdigest())
 
 
 def add_row(digest: Any, row: dict[str, Any]) -> None:

@@ -19,27 +19,22 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gram_jax.config import ModelConfig
-from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Accuracy, by_subset
-from gram_jax.mesh import check_divides
-from gram_jax.models.decoder import Decoder, compute_dtype
-from gram_jax.packing import PackCounts, pack
 from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
-from gram_jax.rows import PackedRow
-from gram_jax.scoring import EngineCounts, Scored, score_batches, scoring_shape
+from gram_jax.rows import PackedRow, RowShape
+from gram_jax.scorer import Loaded, RewardSettings, Scorer, judge_probability
+from gram_jax.scoring import EngineCounts, Running
 from gram_jax.scoring_input import Block, Line, check_input, read_blocks
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
 
@@ -48,90 +43,35 @@ BLOCK_BATCHES = 32
 """Batches of a block: what is computed again after a kill, at most, once what was done is on disk.
 A block's last batch is partly padding, so shorter blocks would cost more than they save."""
 
-DEFAULT_ROW_LENGTH = 2048
-# Tokens of a batch per device: enough to keep it busy, few enough for its memory.
-_BATCH_TOKENS = {"cpu": 4096}
-_BATCH_TOKENS_ACCELERATOR = 16384
 _SECONDS_BETWEEN_RECORDS = 1.0
 
 _Item = TypeVar("_Item")
 
 
-class Loaded(Protocol):
-    """What a checkpoint gives: the model, its tokenizer, and a name for the numbers they make."""
-
-    @property
-    def model(self) -> Decoder: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringJob:
-    """What to score, and how. 0 = chosen from the model and the device.
+    """What to score.
 
     Attributes:
       input, output: JSONL files; ``.gz`` is compressed.
-      average: ``reward`` is the log-prob of a response (sum) or that over its tokens (mean).
-      row_length: tokens of a row, in which short sequences lie side by side.
-      max_length: most tokens of a prompt and one response.
-      too_long: ``error`` stops at a longer one, ``truncate`` cuts it and says so in the row.
-      batch_rows: rows computed at once.
+      reward: how a reward is read.
       per_token: write the log-prob of every token, too.
-      add_eos: the end token is part of a response.
     """
 
     input: str
     output: str
-    average: str = "sum"
-    row_length: int = 0
-    max_length: int = 0
-    too_long: str = "error"
-    batch_rows: int = 0
+    reward: RewardSettings = dataclasses.field(default_factory=RewardSettings)
     per_token: bool = False
-    add_eos: bool = True
 
     def columns(self) -> list[str]:
         """The columns that the job may write."""
-        names = ["logprob", "num_tokens", "reward"]
+        own = {"likelihood": ["logprob"], "judge": ["log_odds"], "head": []}
+        names = [*own[self.reward.reading], "num_tokens", "reward"]
         if self.per_token:
             names.append("token_logprobs")
-        if self.too_long == "truncate":
+        if self.reward.too_long == "truncate":
             names.append("truncated")
         return names
-
-    def resolved(self, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh | None) -> ScoringJob:
-        """The same job with every 0 replaced.
-
-        Raises:
-          UserError: a setting that this model, or another setting, does not allow.
-        """
-        for name, value, choices in (
-            ("average", self.average, ("sum", "mean")),
-            ("too_long", self.too_long, ("error", "truncate")),
-        ):
-            if value not in choices:
-                raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
-        longest = model.max_position
-        row_length = self.row_length or max(min(DEFAULT_ROW_LENGTH, longest), self.max_length)
-        max_length = self.max_length or min(row_length, longest)
-        if not len(tokenizer.prefix_ids) + 2 <= max_length <= min(row_length, longest):
-            raise UserError(
-                f"max_length={max_length} must be at least {len(tokenizer.prefix_ids) + 2}, and at"
-                f" most row_length={row_length} and the model's {longest} positions"
-            )
-        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        tokens = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
-        batch_rows = self.batch_rows or max(tokens // row_length, 1) * shards
-        if batch_rows < 1:
-            raise UserError(f"batch_rows={batch_rows} must be positive")
-        if mesh is not None:
-            check_divides(mesh, model, batch_rows)
-        return dataclasses.replace(
-            self, row_length=row_length, max_length=max_length, batch_rows=batch_rows
-        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,11 +155,12 @@ def run_job(
         raise UserError(f"--input and --output are both {job.input}")
     with JobFiles(job.output) as files:
         state = files.read_state()
-        facts = check_input(job.input, job.columns(), at=state.lines if state else 0)
+        reading = job.reward.reading
+        at = state.lines if state else 0
+        facts = check_input(job.input, job.columns(), at=at, reading=reading)
         check_alike(job.input, facts.digests[facts.lines])
-        loaded = load()
-        job = job.resolved(loaded.model.config, loaded.tokenizer, mesh)
-        settings = _settings(job, loaded)
+        scorer = Scorer(load(), job.reward, mesh)
+        settings = {**scorer.identity(), "per_token": job.per_token}
         if state is None:
             state = JobState(settings, facts.digests[0])
         check_same(state, settings, facts.lines, facts.digests, files)
@@ -227,7 +168,7 @@ def run_job(
             files.finish()
             return JobResult(Summary(**state.summary), was_complete=True)
         files.open(state)
-        state = _score(job, loaded, mesh, files, state, facts.lines, stream)
+        state = _score(job, scorer, files, state, facts.lines, stream)
         counts = state.counts
         state.summary = main_first(lambda: dataclasses.asdict(_summarise(counts, files.rows())))
         files.write_state(state)
@@ -235,45 +176,27 @@ def run_job(
         return JobResult(Summary(**state.summary), was_complete=False)
 
 
-def _settings(job: ScoringJob, loaded: Loaded) -> dict[str, Any]:
-    """All that decides numbers beyond rounding, or columns."""
-    return {
-        "checkpoint": loaded.fingerprint,
-        "tokenizer": loaded.tokenizer.fingerprint(),
-        "dtype": str(np.dtype(compute_dtype(loaded.model.compute))),
-        "reward": "likelihood",
-        **{
-            name: getattr(job, name)
-            for name in ("average", "max_length", "too_long", "per_token", "add_eos")
-        },
-    }
-
-
 def _score(
     job: ScoringJob,
-    loaded: Loaded,
-    mesh: Mesh | None,
+    scorer: Scorer,
     files: JobFiles,
     state: JobState,
     total: int,
     stream: TextIO | None,
 ) -> JobState:
     """Scores what is left, keeps the state on disk up to date, and returns it."""
-    shape = scoring_shape(job.row_length)
+    shape, batch_rows = scorer.shape, scorer.settings.batch_rows
     blocks = read_blocks(
         job.input,
-        loaded.tokenizer,
+        scorer.encoder,
         start=state.lines,
-        add_eos=job.add_eos,
-        max_length=job.max_length,
-        truncate=job.too_long == "truncate",
-        block_tokens=BLOCK_BATCHES * job.batch_rows * shape.tokens,
+        block_tokens=BLOCK_BATCHES * batch_rows * shape.tokens,
     )
-    engine = EngineCounts()
+    engine = scorer.engine
     waiting: collections.deque[_Running] = collections.deque()
 
     def batches() -> Iterator[list[PackedRow]]:
-        for running in _ahead(_Running.start(block, shape, job.batch_rows) for block in blocks):
+        for running in _ahead(_Running(block, shape, batch_rows) for block in blocks):
             waiting.append(running)
             yield from running.batches
 
@@ -289,17 +212,13 @@ def _score(
     begun = state
     recorded = started = time.monotonic()
     try:
-        results = score_batches(
-            loaded.model, batches(), shape, job.batch_rows,
-            mesh=mesh, per_token=job.per_token, counts=engine,
-        )  # fmt: skip
-        for scores in results:
+        for scores in scorer.run(batches(), per_token=job.per_token):
             running = waiting[0]
             running.add(scores)
             if running.missing:
                 continue
             waiting.popleft()
-            size = state.size + files.append(running.rows(job))
+            size = state.size + files.append(running.rows(job, scorer.settings))
             now = time.monotonic()
             # One assignment: an interruption leaves the old state or the new one.
             state = _after(begun, state, running, size, engine, now - started)
@@ -333,7 +252,7 @@ def _after(
         return of.counts.get(name, 0) + value
 
     counts = {
-        "tokens": total("tokens", running.block.tokens),
+        "tokens": total("tokens", running.block.sequences.tokens),
         "computed": total("computed", running.packed.tokens),
         "places": total("places", running.places),
         "seconds": total("seconds", elapsed - engine.compile_seconds, begun),
@@ -348,50 +267,40 @@ def _after(
     )
 
 
-class _Running:
+class _Running(Running):
     """A block on its way through the engine."""
 
-    def __init__(
-        self, block: Block, batches: list[list[PackedRow]], packed: PackCounts, places: int
-    ):
+    def __init__(self, block: Block, shape: RowShape, batch_rows: int):
+        super().__init__(block.sequences.examples(), shape, batch_rows)
         self.block = block
-        self.batches = batches
-        self.packed = packed
-        self.places = places
-        self.missing = len(batches)
-        self._scores: dict[tuple[int, int], Scored] = {}
 
-    @classmethod
-    def start(cls, block: Block, shape: Any, batch_rows: int) -> _Running:
-        counts = PackCounts()
-        rows = list(pack(block.examples, shape, counts=counts))
-        batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
-        return cls(block, batches, counts, len(batches) * batch_rows * shape.tokens)
-
-    def add(self, scores: list[Scored]) -> None:
-        self.missing -= 1
-        self._scores.update({(score.key, score.response): score for score in scores})
-
-    def rows(self, job: ScoringJob) -> list[dict[str, Any]]:
+    def rows(self, job: ScoringJob, settings: RewardSettings) -> list[dict[str, Any]]:
         """The block's rows with their new columns."""
-        return [self._row(line, job) for line in self.block.lines]
+        return [self._row(line, job, settings) for line in self.block.lines]
 
-    def _row(self, line: Line, job: ScoringJob) -> dict[str, Any]:
-        scores = [self._scores[place] for place in line.places]
+    def _row(self, line: Line, job: ScoringJob, settings: RewardSettings) -> dict[str, Any]:
+        scores = [self[place] for place in line.places]
         if not all(math.isfinite(score.score) for score in scores):
             raise UserError(
-                f"{job.input}:{line.number}: the model gives a log-prob that is not finite; its"
+                f"{job.input}:{line.number}: the model gives a score that is not finite; its"
                 " weights may be damaged, or too large for the compute dtype"
             )
 
-        def column(values: list[Any]) -> Any:
-            return values[0] if line.single else values
+        def column(values: Sequence[Any]) -> Any:
+            return values[0] if line.single else list(values)
 
-        rewards = [s.score / (s.num_tokens if job.average == "mean" else 1) for s in scores]
         row = dict(line.row)
-        row["logprob"] = column([short(score.score) for score in scores])
-        row["num_tokens"] = column([score.num_tokens for score in scores])
-        row["reward"] = column([short(reward) for reward in rewards])
+        numbers = np.array([score.score for score in scores])
+        if settings.reading == "likelihood":
+            row["logprob"] = column([short(number) for number in numbers])
+            if settings.average == "mean":
+                numbers = numbers / line.num_tokens
+        elif settings.reading == "judge":
+            row["log_odds"] = [short(number) for number in numbers]
+            (p,) = judge_probability(numbers[:1], numbers[1:])
+            numbers = np.array([p, 1 - p])
+        row["num_tokens"] = column(line.num_tokens)
+        row["reward"] = column([short(number) for number in numbers])
         if job.per_token:
             tokens = [s.token_logprobs for s in scores if s.token_logprobs is not None]
             row["token_logprobs"] = column([[short(x) for x in values] for values in tokens])

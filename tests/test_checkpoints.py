@@ -23,7 +23,6 @@ from gram_jax.checkpoints import (
     load_model,
     load_state,
     read_run_info,
-    reward_average,
     state_parts,
 )
 from gram_jax.checksums import SMALL, Damaged, named_leaves
@@ -36,6 +35,7 @@ from gram_jax.config import (
 )
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
+from gram_jax.reward_model import stored_settings
 from gram_jax.saving import CheckpointStore, NotFinite
 from gram_jax.training import init_state, make_optimizer, merge_model, split_model
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path):
     folder = save(tmp_path, [3], loss=0.5, validated=True) / "3"
     assert find_step_folder(tmp_path) == find_step_folder(folder) == folder
     assert read_run_info(folder) == info(3, 0.5, True)
-    assert reward_average(tmp_path) == "mean"
+    assert stored_settings(tmp_path).average == "mean"
     described = json.loads((folder / "checksums.json").read_text())
     leaves = described["leaves"]
     assert leaves["optimizer/step"]["dtype"] == "int32"

@@ -32,6 +32,7 @@ from gram_jax.loop import NotFinite, num_steps, run_stage
 from gram_jax.objectives import objective
 from gram_jax.reporting import read_metrics
 from gram_jax.rows import Example
+from gram_jax.scorer import RewardSettings
 from gram_jax.scoring import score_examples, scoring_shape
 from gram_jax.scoring_job import ScoringJob, run_job
 
@@ -328,7 +329,9 @@ def test_a_length_in_pairs_needs_pairs():
 def scored(data, pretrained):
     """The pairs with the pretrained model's own log-probs, as the scoring job writes them."""
     output = data / "scored.jsonl"
-    job = ScoringJob(input=str(data / "pairs.jsonl"), output=str(output), row_length=128)
+    job = ScoringJob(
+        input=str(data / "pairs.jsonl"), output=str(output), reward=RewardSettings(row_length=128)
+    )
     run_job(job, lambda: load_model(pretrained[0], tiny.COMPUTE))
     return output
 

@@ -24,6 +24,7 @@ from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
 from gram_jax.model_card import export_checkpoint
 from gram_jax.models.decoder import weight_name
+from gram_jax.scorer import RewardSettings
 from gram_jax.scoring_job import ScoringJob, run_job
 
 ROOT = Path(__file__).parents[1]
@@ -270,7 +271,9 @@ def wait_until(condition, process):
 
 def score(tmp_path, exported, name):
     job = ScoringJob(
-        input=f"{tmp_path}/in.jsonl", output=f"{tmp_path}/{name}.jsonl", row_length=64, batch_rows=2
+        input=f"{tmp_path}/in.jsonl",
+        output=f"{tmp_path}/{name}.jsonl",
+        reward=RewardSettings(row_length=64, batch_rows=2),
     )
     return run_job(job, lambda: load_model(exported, ComputeConfig()), stream=io.StringIO())
 

@@ -20,7 +20,7 @@ from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.packing import PackCounts
 from gram_jax.ranking_job import Engine, RankingJob, run_ranking
-from gram_jax.scorer import LikelihoodScorer
+from gram_jax.scorer import RewardSettings, Scorer
 from gram_jax.scoring import EngineCounts
 from gram_jax.scoring_job import ScoringJob, run_job
 
@@ -321,7 +321,7 @@ def english_rows(english, count):
 def likelihood(loaded, **changes):
     options = {"average": "sum", "beta": 0.1, "row_length": 128, "max_length": 128,
                "too_long": "error", "batch_rows": 2}  # fmt: skip
-    scorer = LikelihoodScorer(loaded=loaded, **options | changes)
+    scorer = Scorer(loaded, RewardSettings(**options | changes))
     return Engine(scorer, SETTINGS, scorer.packed, scorer.engine)
 
 
@@ -339,8 +339,8 @@ def test_rewards_are_those_of_score(tmp_path, english, loaded, average):
     rows = english_rows(english, 30)
     found, summary = run_likelihood(tmp_path, rows, loaded, average=average)
     job = ScoringJob(
-        input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "scored.jsonl"), average=average,
-        row_length=128, batch_rows=2,
+        input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "scored.jsonl"),
+        reward=RewardSettings(average=average, row_length=128, batch_rows=2),
     )  # fmt: skip
     scores = run_job(job, lambda: loaded, stream=io.StringIO()).summary
     for row, scored in zip(found, read(tmp_path / "scored.jsonl"), strict=True):

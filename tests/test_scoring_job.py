@@ -16,14 +16,15 @@ import peer_models
 import pytest
 import torch
 
-from gram_jax import scoring_input, scoring_job
+from gram_jax import scorer, scoring_input, scoring_job
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig, MeshConfig
 from gram_jax.data.builtin import reference_topics
 from gram_jax.data.prompts import encode_candidates
 from gram_jax.data.tokenizer import EOS, Tokenizer
+from gram_jax.encoding import fit
 from gram_jax.errors import DataError, UserError
-from gram_jax.scoring_input import fit
+from gram_jax.scorer import RewardSettings
 from gram_jax.scoring_job import BLOCKS_IN_FLIGHT, ScoringJob, run_job
 from gram_jax.scoring_state import JobFiles
 
@@ -102,7 +103,10 @@ def score(tmp_path, rows, loaded, name="out.jsonl", source="in.jsonl", **setting
     """Runs a job over these rows; returns (rows written, result)."""
     path = write(tmp_path / source, rows)
     settings = {"row_length": 128, "batch_rows": 2} | settings
-    job = ScoringJob(input=path, output=str(tmp_path / name), **settings)
+    per_token = settings.pop("per_token", False)
+    reward = RewardSettings(**settings)
+    output = str(tmp_path / name)
+    job = ScoringJob(input=path, output=output, reward=reward, per_token=per_token)
     result = run_job(job, lambda: loaded, stream=io.StringIO())
     return read(tmp_path / name), result
 
@@ -351,7 +355,7 @@ class Killed(BaseException):
 
 def stop_after(monkeypatch, batches):
     """Lets the engine deliver so many batches; blocks are short, and each is recorded."""
-    real = scoring_job.score_batches
+    real = scorer.score_batches
 
     def limited(*args, **kwargs):
         for number, scores in enumerate(real(*args, **kwargs)):
@@ -359,7 +363,7 @@ def stop_after(monkeypatch, batches):
                 raise Killed
             yield scores
 
-    monkeypatch.setattr(scoring_job, "score_batches", limited)
+    monkeypatch.setattr(scorer, "score_batches", limited)
     monkeypatch.setattr(scoring_job, "BLOCK_BATCHES", 1)
     monkeypatch.setattr(scoring_job, "_SECONDS_BETWEEN_RECORDS", 0)
 

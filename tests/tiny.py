@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from gram_jax.config import ComputeConfig, MeshConfig, ModelConfig
-from gram_jax.data.examples import ExampleCounts
 from gram_jax.data.rowset import MANIFEST, Manifest, Rows, RowSet, write_json, write_shard
+from gram_jax.data.token_records import ExampleCounts
 from gram_jax.mesh import make_mesh
 from gram_jax.models.decoder import abstract_decoder, is_matrix, weight_dims, weight_name
 from gram_jax.packing import PackCounts

@@ -16,46 +16,21 @@ at their ends (of a pair, the longer one first) and lose their EOS with it; or, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from gram_jax.config import DataConfig
+from gram_jax.data.judge import JudgeTemplate
+from gram_jax.data.judge_examples import encode_judged, encode_response_pairs
 from gram_jax.data.prompts import ExampleError, encode_candidates
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, Row, TextRow
+from gram_jax.data.token_records import ExampleCounts, TokenRecord, record_key
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.pair import Pair
 from gram_jax.rows import Example, IntArray, RowShape
-
-
-@dataclasses.dataclass(slots=True)
-class ExampleCounts:
-    """What became of the rows that were read."""
-
-    rows: int = 0
-    bad_rows: int = 0  # put aside, with on_bad_row=quarantine
-    examples: int = 0
-    tokens: int = 0  # of documents; of prompts and responses before anything is cut or shared
-    split_documents: int = 0  # documents that were longer than a row
-    cut_prompts: int = 0
-    cut_responses: int = 0
-    cut_tokens: int = 0
-    dropped_rows: int = 0  # too long, with too_long=drop; texts of one token, without BOS and EOS
-    shared_responses: int = 0  # occurrences of a response that is already there for its prompt
-    repeated_pairs: int = 0  # pairs that stand in the data more than once; all are kept
-    dropped_pairs: int = 0  # pairs whose responses became equal when they were cut
-
-    def text(self) -> str:
-        """One line: every count that is not zero."""
-        counts = dataclasses.asdict(self).items()
-        return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts if n)
-
-    def add(self, other: ExampleCounts) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,10 +41,14 @@ class Layout:
       reading: what a sequence is scored by: "likelihood", "judge" or "head"; "text" where tokens
         are predicted and nothing is compared.
       targets: the responses' tokens are predicted.
+      template: the judge's; also where stage 1 writes pairs of responses as the judge reads them.
+      orders: of a judge's comparisons: "both", or one at "random".
     """
 
     reading: str
     targets: bool
+    template: JudgeTemplate | None = None
+    orders: str = "both"
 
     @property
     def pairs(self) -> bool:
@@ -83,22 +62,9 @@ class Layout:
 
     def key(self) -> dict[str, Any]:
         """All of it, as plain values: rows of another layout are other rows."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class TokenRecord:
-    """A prompt, responses, and comparisons among them, as token ids.
-
-    ``key`` (64 bits) is equal for records that belong together: those of one document, or of one
-    prompt. ``reference`` holds the responses' log-probs under a reference model.
-    """
-
-    key: int
-    prompt: IntArray
-    responses: tuple[IntArray, ...]
-    pairs: tuple[Pair, ...] = ()
-    reference: tuple[float, ...] | None = None
+        template = self.template.to_dict() if self.template else None
+        return {"reading": self.reading, "targets": self.targets, "template": template,
+                "orders": self.orders}  # fmt: skip
 
 
 def row_shape(config: DataConfig, layout: Layout) -> RowShape:
@@ -136,7 +102,12 @@ def encode_rows(
         return
     for row in rows:
         try:
-            if isinstance(row, PreferenceRow):
+            if isinstance(row, PreferenceRow) and layout.reading == "judge":
+                assert layout.template is not None
+                yield encode_judged(row, config, layout.template, layout.orders, tokenizer, counts)
+            elif isinstance(row, ResponsesRow) and layout.template is not None:
+                yield list(encode_response_pairs(row, config, layout.template, tokenizer, counts))
+            elif isinstance(row, PreferenceRow):
                 yield _encode_preference(row, config, layout, tokenizer, counts, file)
             elif isinstance(row, ResponsesRow):
                 yield _encode_responses(row, config, tokenizer, counts)
@@ -190,7 +161,7 @@ def _encode_texts(
         first = max(len(start), 1)
         counts.split_documents += len(ids) - first > length
         counts.dropped_rows += len(ids) == first
-        key = _key(f"{document}:{row.line}".encode())
+        key = record_key(f"{document}:{row.line}".encode())
         yield [
             TokenRecord(
                 key,
@@ -213,7 +184,7 @@ def _encode_responses(
     kept = [response[:room] for response in encoded]
     if not _count_cuts((prompt, *encoded), (fitted, *kept), config, counts):
         return []
-    return [TokenRecord(_key(fitted.tobytes()), fitted, tuple(kept))]
+    return [TokenRecord(record_key(fitted.tobytes()), fitted, tuple(kept))]
 
 
 def _encode_preference(
@@ -256,7 +227,7 @@ def _encode_preference(
     counts.dropped_pairs += len(row.pairs) - len(pairs)
     if not pairs:
         return []
-    return [TokenRecord(_key(prompt.tobytes()), prompt, tuple(kept), pairs, row.reference)]
+    return [TokenRecord(record_key(prompt.tobytes()), prompt, tuple(kept), pairs, row.reference)]
 
 
 def _equal(pair: Pair, responses: Sequence[IntArray]) -> bool:
@@ -340,7 +311,3 @@ def _count_cuts(
     counts.cut_responses += sum(n > 0 for n in lost[1:])
     counts.cut_tokens += sum(lost)
     return True
-
-
-def _key(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

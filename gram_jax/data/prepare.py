@@ -24,7 +24,7 @@ from typing import Any
 
 from gram_jax.config import DataConfig
 from gram_jax.data import work
-from gram_jax.data.examples import ExampleCounts, Layout, row_shape
+from gram_jax.data.examples import Layout, row_shape
 from gram_jax.data.meter import Meter
 from gram_jax.data.records import Source, open_source
 from gram_jax.data.rowset import (
@@ -36,6 +36,7 @@ from gram_jax.data.rowset import (
     write_json,
 )
 from gram_jax.data.sources import detect_format
+from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.packing import PackCounts

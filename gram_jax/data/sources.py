@@ -67,7 +67,7 @@ class PreferenceRow(NamedTuple):
 
 
 Row: TypeAlias = TextRow | ResponsesRow | PreferenceRow
-FORMATS = ("text", "responses", "preferences")
+FORMATS = ("text", "responses", "pairs", "preferences")
 
 _BLOCK_SIZE = 1 << 20
 
@@ -129,8 +129,12 @@ def parse_row(
         text = require_text(record, "text", file=file, line=line)
         source = _optional_text(record, "source", "", file, line) or _source_name(file)
         return TextRow(text, source, line)
-    if format == "responses":
-        return _responses_row(record, file, line)
+    if format in ("responses", "pairs"):
+        row = _responses_row(record, file, line)
+        if format == "pairs" and len(row.responses) < 2:
+            reason = "holds one response; the format pairs needs two"
+            raise DataError(reason, file=file, line=line, field="responses")
+        return row
     if format == "preferences":
         return _preference_row(record, file, line, reference_field)
     raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")

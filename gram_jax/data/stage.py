@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gram_jax.config import READINGS, Config, TrainConfig
-from gram_jax.data.examples import ExampleCounts, Layout
+from gram_jax.data.examples import Layout
+from gram_jax.data.judge import JudgeTemplate
 from gram_jax.data.loader import RowOrder
 from gram_jax.data.meter import Meter
 from gram_jax.data.prepare import prepared_rows
 from gram_jax.data.rowset import Rows, RowSet
+from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
@@ -25,6 +27,7 @@ class StageData:
     train: Rows
     validation: Rows | None
     order: RowOrder
+    layout: Layout
 
     @property
     def sequences(self) -> int:
@@ -107,14 +110,17 @@ def stage_data(
     train = Rows([rows for name, rows in opened.items() if name.startswith("train/")])
     held_out = [rows for name, rows in opened.items() if name.startswith("validation/")]
     order = RowOrder(train.sizes, config.seed, data.weights)
-    return StageData(train, Rows(held_out) if held_out else None, order)
+    return StageData(train, Rows(held_out) if held_out else None, order, layout)
 
 
 def stage_layout(config: Config) -> Layout:
     """What the objective of a stage needs of its rows."""
-    objective = config.objective
+    objective, data = config.objective, config.data
     reading = READINGS[objective.name]
-    return Layout(reading, reading not in ("judge", "head") or objective.chosen_ce > 0)
+    targets = reading not in ("judge", "head") or objective.chosen_ce > 0
+    if reading != "judge" and data.format != "pairs":
+        return Layout(reading, targets)
+    return Layout(reading, targets, JudgeTemplate.load(data.judge_template), data.judge_orders)
 
 
 def num_steps(train: TrainConfig, per_row: Mapping[str, float]) -> int:

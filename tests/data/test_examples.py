@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from gram_jax.config import DataConfig
-from gram_jax.data.examples import ExampleCounts, Layout, encode_rows, group_records, row_shape
+from gram_jax.data.examples import Layout, encode_rows, group_records, row_shape
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, TextRow
+from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError
 from gram_jax.packing import pack

@@ -1,0 +1,56 @@
+"""What rows of data become before they are packed: token ids by prompt, and what was counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+from gram_jax.pair import Pair
+from gram_jax.rows import IntArray
+
+
+@dataclasses.dataclass(slots=True)
+class ExampleCounts:
+    """What became of the rows that were read."""
+
+    rows: int = 0
+    bad_rows: int = 0  # put aside, with on_bad_row=quarantine
+    examples: int = 0
+    tokens: int = 0  # of documents; of prompts and responses before anything is cut or shared
+    split_documents: int = 0  # documents that were longer than a row
+    cut_prompts: int = 0
+    cut_responses: int = 0
+    cut_tokens: int = 0
+    dropped_rows: int = 0  # too long, with too_long=drop; texts of one token, without BOS and EOS
+    shared_responses: int = 0  # occurrences of a response that is already there for its prompt
+    repeated_pairs: int = 0  # pairs that stand in the data more than once; all are kept
+    dropped_pairs: int = 0  # pairs whose responses became equal when they were cut
+
+    def text(self) -> str:
+        """One line: every count that is not zero."""
+        counts = dataclasses.asdict(self).items()
+        return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts if n)
+
+    def add(self, other: ExampleCounts) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class TokenRecord:
+    """A prompt, responses, and comparisons among them, as token ids.
+
+    ``key`` (64 bits) is equal for records that belong together: those of one document, or of one
+    prompt. ``reference`` holds the responses' log-probs under a reference model.
+    """
+
+    key: int
+    prompt: IntArray
+    responses: tuple[IntArray, ...]
+    pairs: tuple[Pair, ...] = ()
+    reference: tuple[float, ...] | None = None
+
+
+def record_key(content: bytes) -> int:
+    """64 bits that are equal for equal contents."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

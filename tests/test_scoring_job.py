@@ -303,7 +303,7 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path, rows, loaded, settings, m
 
 def test_a_complete_job_is_not_done_again(tmp_path, rows, loaded, monkeypatch):
     found, first = score(tmp_path, rows, loaded)
-    monkeypatch.setattr(scoring_job, "score_batches", pytest.fail)
+    monkeypatch.setattr(scorer, "score_batches", pytest.fail)
     again, second = score(tmp_path, rows, loaded)
     assert (first.was_complete, second.was_complete) == (False, True)
     assert again == found

@@ -145,6 +145,22 @@ def test_what_is_too_long_is_cut_inside_the_frame(load, name, question, a, b, ro
         assert (lost > 0) == (kept != given_text)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "plain"])
+def test_no_character_is_cut_in_two(load, name):
+    tokenizer = load(name)
+    whole = Texts("😀" * 20, "漢" * 30, "😀漢" * 20)
+    sizes = [len(spans) for spans in tokenizer.token_spans(whole)]
+    assert sizes == [80, 90, 140]
+    for limit in range(70, 110):
+        encoded = encode_comparison(
+            TEMPLATE, *whole, tokenizer, max_length=limit, too_long="truncate"
+        )
+        kept = FRAME.search(tokenizer.decode(both(encoded)[0])).groups()
+        assert set("".join(kept)) == {"😀", "漢"}
+        left = [len(spans) for spans in tokenizer.token_spans(kept)]
+        assert [*encoded.lost] == [size - n for size, n in zip(sizes, left, strict=True)]
+
+
 @bounded
 @given(byte_names, sentences, sentences, sentences, st.integers(0, 99))
 def test_responses_give_first_and_alike_then_the_question(load, name, question, a, b, percent):

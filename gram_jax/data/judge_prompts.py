@@ -286,7 +286,7 @@ def _last(text: str, spans: list[tuple[int, int]], keep: int) -> tuple[str, int]
         return text, 0
     while first < len(spans) and spans[first][0] < spans[first - 1][1]:
         first += 1
-    return text[spans[first - 1][1] if first < len(spans) else len(text) :], first
+    return text[spans[first][0] if first < len(spans) else len(text) :], first
 
 
 def _prefix_length(template: JudgeTemplate, group: Sequence[_Fitted], tokenizer: Tokenizer) -> int:

@@ -56,9 +56,12 @@ def make(name, texts, size=700):
     config = {"eos_token": "<|im_end|>" if name == "qwen3" else eos}
     if name != "qwen3":
         config["bos_token"] = bos
-        backend.post_processor = processors.TemplateProcessing(
+        begin = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
+        # Llama 3 has this too, which leaves blanks out of the spans of tokens.
+        trim = processors.ByteLevel(trim_offsets=True)
+        backend.post_processor = processors.Sequence([trim, begin]) if name == "llama3" else begin
     return Tokenizer(backend.to_str(), config, CHAT_TEMPLATES[name], name)
 
 

@@ -232,9 +232,9 @@ def _fit(
     if length <= max_length:
         return _Fitted(texts, ids, lost)
     question, a, b = (len(spans(text)) for text in given)
-    room = max_length - (length - question - a - b)
+    room, smallest = max_length - (length - question - a - b), SMALLEST_ROOM
     while length > max_length:
-        if room < SMALLEST_ROOM:
+        if room < smallest:
             raise UserError(
                 f"max_length={max_length} leaves no room beside the judge template, which takes"
                 f" {max_length - room} tokens by itself; raise max_length to"
@@ -243,8 +243,9 @@ def _fit(
         texts, lost = _cut(given, spans, *_shares(question, a, b, room))
         (ids,) = encode([texts])
         length = total(map(len, ids))
-        # Tokens merge otherwise in their new places, so there may still be a few too many.
-        room -= max(0, length - max_length)
+        # Tokens merge otherwise in their new places, so there may still be a few too many; they
+        # come out of the room, whatever is left of it.
+        room, smallest = room - max(0, length - max_length), 0
     return _Fitted(texts, ids, lost)
 
 

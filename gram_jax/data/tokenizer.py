@@ -13,6 +13,7 @@ too, as it is a text of its own.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -217,10 +218,10 @@ class Tokenizer:
     def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Returns (start, end) in characters for each token of each text, as of responses.
 
-        Tokens that are bytes of one character all have that character's span; blanks that a token
-        begins with may be left out of its span.
+        A token that begins with a blank has it in its span. Tokens that are bytes of one character
+        all have that character's span.
         """
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._spanning.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.offsets for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
@@ -237,6 +238,15 @@ class Tokenizer:
         """Returns a SHA-256, in hex, of all that decides which ids a text gets."""
         parts = [self._content, self.chat_template, self.prefix_ids, self.special_tokens]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def _spanning(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its post-processor, which may trim blanks off spans (Llama 3)."""
+        bare = json.dumps(json.loads(self._content) | {"post_processor": None})
+        backend = tokenizers.Tokenizer.from_str(bare)
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
 
     def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)

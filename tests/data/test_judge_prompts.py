@@ -30,7 +30,11 @@ TEMPLATE = JudgeTemplate(
     chat_template_kwargs={"enable_thinking": False},
 )
 FRAME = re.compile(r"==Q\n(.*)\n==A\n(.*)\n==B\n(.*)\n==\?", re.DOTALL)
-CORPUS = [TEMPLATE.prompt, "the cat sat on the mat, and 12 rats ran round it; how many are there?"]
+CORPUS = [
+    TEMPLATE.prompt,
+    TEMPLATE.prompt.replace("\n", "\n\n"),
+    "the cat sat on the mat, and 12 rats ran round it; how many are there?",
+]
 
 bounded = settings(deadline=None, max_examples=60)
 # Blanks and line ends that merge with the frame, characters of several bytes, slots.
@@ -121,6 +125,16 @@ def test_all_comparisons_of_a_question_share_a_prefix_before_any_response(
         assert both(one) == both(alone)
 
 
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "plain"])
+def test_spans_of_tokens_leave_out_no_blank(load, name):
+    text = "  the cat \n sat\t, 12"
+    (spans,) = load(name).token_spans([text])
+    assert [text[start:end] for start, end in spans] == [
+        load(name).decode([token]) for token in load(name).encode_response(text, add_eos=False)
+    ]
+    assert "".join(text[start:end] for start, end in spans) == text
+
+
 @bounded
 @given(names, texts, texts, texts, st.integers(0, 60))
 def test_what_is_too_long_is_cut_inside_the_frame(load, name, question, a, b, room):
@@ -143,6 +157,35 @@ def test_what_is_too_long_is_cut_inside_the_frame(load, name, question, a, b, ro
     assert both(encoded)[0] == tokenizer.encode_prompt(rendered, rendered=is_chat)
     for lost, kept, given_text in zip(encoded.lost, forward, (question, a, b), strict=True):
         assert (lost > 0) == (kept != given_text)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "plain"])
+def test_a_prompt_that_grows_as_it_is_cut_still_fits(load, name):
+    tokenizer = load(name)
+    frame = len(both(encode_comparison(TEMPLATE, "x", "x", "x", tokenizer, max_length=999))[0]) - 3
+    # The line end before the question and its first one are a single token, until that is cut.
+    limit = frame - 1 + SMALLEST_ROOM
+    encoded = encode_comparison(
+        TEMPLATE, "\n" + "x" * 40, "x", "x", tokenizer, max_length=limit, too_long="truncate"
+    )
+    assert len(both(encoded)[0]) == limit
+    assert encoded.lost == Lost(41 - (SMALLEST_ROOM - 3), 0, 0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "plain"])
+def test_no_character_is_cut_in_two(load, name):
+    tokenizer = load(name)
+    whole = Texts("😀" * 20, "漢" * 30, "😀漢" * 20)
+    sizes = [len(spans) for spans in tokenizer.token_spans(whole)]
+    assert sizes == [80, 90, 140]
+    for limit in range(70, 110):
+        encoded = encode_comparison(
+            TEMPLATE, *whole, tokenizer, max_length=limit, too_long="truncate"
+        )
+        kept = FRAME.search(tokenizer.decode(both(encoded)[0])).groups()
+        assert set("".join(kept)) == {"😀", "漢"}
+        left = [len(spans) for spans in tokenizer.token_spans(kept)]
+        assert [*encoded.lost] == [size - n for size, n in zip(sizes, left, strict=True)]
 
 
 @bounded

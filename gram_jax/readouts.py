@@ -89,8 +89,7 @@ def read(model: Decoder, batch: Batch, readout: Readout, *, label_mass: bool = F
     logits_bsl = label_logits(hidden_bsd, model.unembedding_vd(), readout.labels)
     mass_bs = None
     if label_mass:
-        first = jnp.full(batch.readout_index.shape, readout.labels[0], jnp.int32)
-        first = jax.reshard(first, jax.typeof(batch.readout_index).sharding)
+        first = jnp.full_like(batch.readout_index, readout.labels[0])
         _, logz_bs = target_logprobs_and_logz(
             hidden_bsd, model.unembedding_vd(), first, chunk=model.compute.logprob_chunk
         )

@@ -273,6 +273,15 @@ def test_progress_counts_comparisons(tmp_path):
     assert f"comparison {total}/{total}  comparisons/s" in stream.getvalue()
 
 
+@pytest.mark.parametrize(("method", "sizes"), [("keep_best", [6, 3]), ("round_robin", [4, 5])])
+def test_a_block_fills_one_round(tmp_path, short_blocks, method, sizes):
+    # One to five responses: 2, 2, 6, 12 and 20 sequences each with each, 2 in a round of keep_best.
+    rows = [row for row in made_rows(15) if len(row["responses"]) in (2, 3)] + made_rows(3)
+    path = write(tmp_path / "in.jsonl", rows)
+    blocks = ranking_input.read_ranking_blocks(path, method, None, 0)
+    assert [len(block.rows) for block in blocks] == sizes
+
+
 def test_memory_is_that_of_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr(ranking_input, "MAX_CHARACTERS", 100)
     rows = made_rows(40)

@@ -212,6 +212,14 @@ def test_ties_stand_in_the_order_of_input():
     assert ranking(blind, [1.0, 3.0, 2.0], "keep_best").best == 0
 
 
+def test_rounding_does_not_break_ties():
+    # Such differences come from the place in a batch; they always speak for the later response.
+    strengths = [1.0 + 1e-8 * i for i in range(5)]
+    found = ranking(StrengthJudge(), strengths, "round_robin")
+    assert (found.order, found.rewards) == ((0, 1, 2, 3, 4), (0.0,) * 5)
+    assert ranking(StrengthJudge(), strengths, "keep_best").best == 0
+
+
 def test_a_single_response_needs_no_comparison():
     judge = StrengthJudge()
     for method, reward in (("round_robin", 0.0), ("keep_best", 0.5), ("reference", 0.5)):
@@ -237,12 +245,21 @@ def test_questions_go_through_their_rounds_together():
 def test_what_was_truncated_is_said():
     asked = [question(1, 2, prompt="long"), question(1, 2)]
     assert [each.truncated for each in rank(StrengthJudge(), asked)] == [True, False]
+    # In the first of two rounds only.
+    (found,) = rank(StrengthJudge(), [question("1 long", 2, 3)], "keep_best")
+    assert found.truncated
 
 
 @pytest.mark.parametrize("scorer", [StrengthJudge(), StrengthScorer()])
 def test_a_score_that_is_no_number_is_refused(scorer):
     with pytest.raises(QuestionError, match="not finite") as caught:
         rank(scorer, [question(1.0, 2.0), question(1.0, math.nan)])
+    assert caught.value.question == 1
+
+
+def test_a_question_that_fails_in_a_later_round_keeps_its_place():
+    with pytest.raises(QuestionError) as caught:
+        rank(StrengthJudge(), [question(1, 2), question(1, 2, math.nan)], "keep_best")
     assert caught.value.question == 1
 
 

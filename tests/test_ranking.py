@@ -1,8 +1,6 @@
 """Rankings and ratings against known strengths, and against another computation."""
 
 import math
-import re
-from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -285,16 +283,3 @@ def test_methods_cost_what_they_make():
             assert comparisons(method, n, reference_is_one=True) == made
     (ranked,) = rank(StrengthJudge(), [question(1, 2)], "reference", references=["3"])
     assert ranked.ranking.comparisons == comparisons("reference", 2) == 2
-
-
-def test_the_example_of_the_documentation_runs():
-    text = (Path(__file__).parents[1] / "docs" / "ranking.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {"scorer": StrengthJudge(), "prompts": ["x", "y"],
-             "groups": [["1", "2", "0"], ["0", "4", "0"]], "greedy": ["1", "0"]}  # fmt: skip
-    exec(code, names)
-    advantages = np.array(names["advantages"])
-    assert advantages.shape == (2, 3)
-    np.testing.assert_allclose(advantages.sum(1), 0, atol=1e-5)
-    assert np.argmax(advantages, 1).tolist() == [1, 1]
-    np.testing.assert_allclose(names["rewards"][0], [0.5, sig(1.0), sig(-1.0)])

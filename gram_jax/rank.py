@@ -31,6 +31,9 @@ More examples:
   # How much better than the first response, as a probability
   python -m gram_jax.rank --checkpoint=DIR --input=a.jsonl --output=b.jsonl \\
       --method=reference --reference_index=0
+  # The best of each row only, by a Hugging Face model as a judge that reads your own template
+  python -m gram_jax.rank --checkpoint=DIR --input=a.jsonl --output=b.jsonl \\
+      --reward=judge --template=judge.toml --method=keep_best
   # Long sequences lose the beginning of their prompt; four devices hold the model together
   python -m gram_jax.rank --checkpoint=DIR --input=a.jsonl --output=b.jsonl.gz \\
       --max_length=8192 --too_long=truncate --mesh=tensor=4

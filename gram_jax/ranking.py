@@ -25,7 +25,8 @@ from scipy.special import expit
 
 from gram_jax.data.sources import Response
 from gram_jax.errors import UserError
-from gram_jax.scorer import Question, QuestionError, Verdict
+from gram_jax.evaluation import win_probability
+from gram_jax.scorer import Question, QuestionError, Verdict, judge_probability
 
 Floats: TypeAlias = NDArray[np.float64]
 Pair: TypeAlias = tuple[int, int]
@@ -246,7 +247,8 @@ def rank(
 
     Raises:
       UserError: the method does not go with the kind of reward.
-      QuestionError: a question cannot be answered, or its answer is not finite.
+      QuestionError: a question cannot be answered, or its answer is not finite. Its field may also
+        be ``reference``.
     """
     method = check_method(method, scorer.kind)
     if method == "scalar":
@@ -266,7 +268,7 @@ def rank(
                 if done is not None:
                     done(made)
         except QuestionError as error:
-            raise QuestionError(open_[error.question][0], error.reason) from None
+            raise open_[error.question][1].error(open_[error.question][0], error) from None
     return [contest.ranked() for contest in contests]
 
 
@@ -310,18 +312,25 @@ class _Contest:
         for at, i in enumerate(asked):
             self._num_tokens[i] = int(verdict.num_tokens[at])
         self._truncated |= verdict.truncated
+        if not all(map(_finite, (verdict.rewards, verdict.forward, verdict.backward))):
+            raise QuestionError(number, _NOT_FINITE)
         if verdict.rewards is None:
             assert verdict.forward is not None and verdict.backward is not None
-            # p(i is better) is sig(z_A - z_B) if i is shown first, and sig(z_B - z_A) if it is not.
-            p = (expit(verdict.forward) + expit(-verdict.backward)) / 2
+            p = judge_probability(verdict.forward, verdict.backward)
         else:
             place = {i: at for at, i in enumerate(asked)}
             first, second = ([place[pair[side]] for pair in self.pairs] for side in (0, 1))
-            p = expit(beta * (verdict.rewards[first] - verdict.rewards[second]))
-        if not np.all(np.isfinite(p)):
-            raise QuestionError(number, _NOT_FINITE)
+            p = win_probability(verdict.rewards[first] - verdict.rewards[second], beta)
         self._advance(p)
         return made
+
+    def error(self, number: int, error: QuestionError) -> QuestionError:
+        """The error in what was asked now, as one in the whole question."""
+        field, place = error.field, 0
+        if field == "response":
+            place = self._asked()[error.index]
+            field = "response" if place < self._rated else "reference"
+        return QuestionError(number, error.reason, field, place)
 
     def ranked(self) -> Ranked:
         assert self._result is not None
@@ -343,9 +352,13 @@ class _Contest:
 
 def _by_score(number: int, verdict: Verdict, done: Callable[[int], None] | None) -> Ranked:
     assert verdict.rewards is not None
-    if not np.all(np.isfinite(verdict.rewards)):
+    if not _finite(verdict.rewards):
         raise QuestionError(number, _NOT_FINITE)
     if done is not None:
         done(len(verdict.rewards))
     tokens = tuple(map(int, verdict.num_tokens))
     return Ranked(by_reward(verdict.rewards.tolist()), tokens, verdict.truncated)
+
+
+def _finite(scores: Floats | None) -> bool:
+    return scores is None or bool(np.all(np.isfinite(scores)))

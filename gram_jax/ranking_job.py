@@ -280,7 +280,8 @@ def _rank_block(
         return rank(scorer, questions, job.method, references=references or None, done=advance)
     except QuestionError as error:
         number = block.rows[error.question].number
-        raise DataError(error.reason, file=job.input, line=number) from None
+        field = f"responses[{error.index}]" if error.field == "response" else error.field or None
+        raise DataError(error.reason, file=job.input, line=number, field=field) from None
 
 
 def _row(row: RankRow, ranked: Ranked) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class StrengthJudge:
                 num_tokens=np.array([len(response) for response in question.responses]),
                 forward=difference + self.favours_first,
                 backward=-difference + self.favours_first,
-                truncated="long" in question.prompt,
+                truncated=any("long" in text for text in [question.prompt, *question.responses]),
             )
 
 

@@ -115,7 +115,7 @@ def test_p_of_a_is_that_of_transformers_in_both_orders(judge, pairs, peers):
     assert (rewards[:, 0] > rewards[:, 1]).any() and (rewards[:, 0] < rewards[:, 1]).any()
     assert summary.pairs["n"] == len(pairs)
     # Comparisons of one question share its part of the prompt, and so do both orders of one.
-    assert summary.tokens_computed < 0.9 * summary.tokens
+    assert summary.tokens_computed < 0.95 * summary.tokens
 
 
 def test_swapping_the_responses_swaps_the_rewards(judge, pairs):

@@ -36,16 +36,18 @@ def adapters_of(config: Config) -> Adapters:
 
 
 def attach(model: Decoder, adapters: Adapters, seed: int) -> Decoder:
-    """The same model with the weights that it lacks, new ones, placed as its own are.
+    """The same model with what ``adapters`` says and nothing else; new weights lie as its own do.
 
     The description of a model (see ``abstract_decoder``) gets their descriptions. A head that is
-    there already is kept.
+    there already is kept, if one is wanted.
     """
-    wanted = adapters.head and not hasattr(model, "head")
-    if not wanted:
+    if adapters.head == hasattr(model, "head"):
         return model
     twin = cast(Decoder, nnx.merge(*nnx.split(model)))
-    old: Any = model.norm[...]
+    if not adapters.head:
+        del twin.head
+        return twin
+    (old,) = jax.tree.leaves(model.norm)
 
     def make() -> jax.Array:
         return _new_head(model.config, jax.random.key(seed))

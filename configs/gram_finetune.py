@@ -1,7 +1,8 @@
-"""Stage 2 of the released GRAM recipe, for accelerators: a model on preference pairs.
+"""Stage 2 of the released GRAM recipe, for accelerators: a judge of preference pairs.
 
   python -m gram_jax.finetune --config=configs/gram_finetune.py:CHECKPOINT --workdir=DIR \\
-      --config.data.train=train.jsonl --config.data.validation=validation.jsonl
+      --config.data.train=train.jsonl --config.data.validation=validation.jsonl \\
+      [--config.data.judge_template=judge.toml]
 
 CHECKPOINT is a workdir of gram_pretrain.py, or a Hugging Face folder of one of the models listed
 there (then without stage 1), or of any other supported one. The data has rows {"prompt", "chosen",
@@ -10,10 +11,10 @@ there (then without stage 1), or of any other supported one. The data has rows {
 From the recipe: peak rate 2e-5, 2 epochs, length 2048, cosine schedule with a warm-up of 0.1,
 AdamW, clipping at 1.0, bfloat16, full fine-tuning, and label smoothing: its 0.1 is PyTorch's, which
 is e = 0.05 here. Its 65k pairs go in global batches of 128 pairs; here a step is 64 rows, and how
-many pairs these hold depends on the data: compare `pairs` in the log. What differs: that recipe
-trains a judge that answers A or B; the loss here is the same function of the difference of the
-responses' log-probs per token. Ours, and not tuned: beta = 2, the mean per token, beta2 = 0.95,
-decay 0.
+many comparisons these hold depends on the data: compare `pairs` in the log. Ours, and not tuned:
+the template's words, each pair in both orders (--config.data.judge_orders=random: in one of them),
+beta2 = 0.95, decay 0. For the likelihood reading, set --config.objective.name=smoothed_pairwise
+--config.objective.average=mean --config.objective.beta=2.
 
 Hardware: memory for each model in gram_pretrain.py, split over all devices (fsdp); a part of a step
 is 16 rows, so 1, 2, 4, 8 or 16 devices; --config.train.accumulate=N makes it 64 / N rows.
@@ -39,9 +40,7 @@ def get_config(init_from: str = "Llama-3.1-8B-Instruct") -> Config:
         compute=ComputeConfig(remat="full"),
         mesh=MeshConfig(data=1, fsdp=-1),
         data=DataConfig(format="preferences", row_length=2048),
-        objective=ObjectiveConfig(
-            name="smoothed_pairwise", label_smoothing=0.05, beta=2.0, average="mean"
-        ),
+        objective=ObjectiveConfig(name="judge", label_smoothing=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup=0.1, final=0.0, weight_decay=0.0),
         train=TrainConfig(
             length=2, length_unit="epochs", batch_rows=64, accumulate=4, validate_every=200

@@ -277,7 +277,7 @@ class _Graph:
         # What is in no pair with another is worth its length: the best fill what is left.
         counted = {size: len(places) for size, places in singles.items()}
         room = self._room - sum(self._lengths[i] for i in chosen)
-        sizes = _closest(sorted(counted), counted, room)
+        sizes = closest(sorted(counted), counted, room)
         most = self._max_sequences - len(chosen)
         if self._max_pairs and any(unit.pair is not None for unit in units):
             most = min(most, self._max_pairs - len(taken))
@@ -325,7 +325,7 @@ class _Graph:
 # Filling.
 
 
-def _closest(sizes: Sequence[int], counted: dict[int, int], room: int) -> list[int]:
+def closest(sizes: Sequence[int], counted: dict[int, int], room: int) -> list[int]:
     """Sizes, largest first, whose sum is the largest that is at most ``room``.
 
     ``sizes`` ascend, and size s may be taken ``counted[s]`` times. The sums found so far are the
@@ -501,7 +501,7 @@ def _halves_of_lonely(first: _Piece, row: _Row) -> tuple[_Piece, _Piece] | None:
 def _fill(row: _Row, pool: _Pool, slack: int) -> None:
     """Adds to a row until nothing more fits."""
     while (room := row.room()) > 0:
-        sizes = _closest(pool.sizes, pool.counted, room)
+        sizes = closest(pool.sizes, pool.counted, room)
         filled = sum(sizes)
         # If the rest fits in one more row, that row is there however full this one gets.
         worth_it = room - filled > slack and pool.tokens > row.shape.tokens

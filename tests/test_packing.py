@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gram_jax.packing import DoesNotFit, PackCounts, _closest, pack, split_example
+from gram_jax.packing import DoesNotFit, PackCounts, closest, pack, split_example
 from gram_jax.pair import Pair
 from gram_jax.rows import Example, RowShape, build_row, check_batch, stack_rows
 
@@ -166,7 +166,7 @@ def test_the_parts_of_an_example_fit_rows_and_hold_each_unit_once(given_examples
 @given(st.lists(st.integers(1, 40), max_size=9), st.integers(1, 120))
 def test_the_subset_sum_is_the_largest_that_fits(sizes, room):
     counted = collections.Counter(sizes)
-    taken = _closest(sorted(counted), counted, room)
+    taken = closest(sorted(counted), counted, room)
     assert taken == sorted(taken, reverse=True)
     assert not collections.Counter(taken) - counted
     every = itertools.chain.from_iterable(
@@ -178,7 +178,7 @@ def test_the_subset_sum_is_the_largest_that_fits(sizes, room):
 def test_a_subset_sum_over_very_many_sizes_is_still_exact():
     sizes = range(100, 1200)
     for room in range(1000, 1200):
-        assert sum(_closest(sizes, dict.fromkeys(sizes, 1), room)) == room
+        assert sum(closest(sizes, dict.fromkeys(sizes, 1), room)) == room
 
 
 # Where an example is cut.

@@ -11,8 +11,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
 
-from gram_jax.packing import DoesNotFit, PackCounts, closest
+from gram_jax.cutting import DoesNotFit
+from gram_jax.packing import PackCounts
 from gram_jax.rows import Example, PackedRow, Part, RowShape, build_row
+from gram_jax.subset_sum import closest
 
 _SLACK = 0.005
 """Share of a row that may stay empty where filling it means cutting a document."""

@@ -11,9 +11,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gram_jax.packing import DoesNotFit, PackCounts, closest, pack, split_example
+from gram_jax.cutting import DoesNotFit, split_example
+from gram_jax.packing import PackCounts, pack
 from gram_jax.pair import Pair
 from gram_jax.rows import Example, RowShape, build_row, check_batch, stack_rows
+from gram_jax.subset_sum import closest
 
 VOCAB = tiny.VOCAB
 SHAPE = RowShape(32, 24, 6, 4)

@@ -2,8 +2,9 @@
 
 Where a piece of an example (gram_jax.cutting) is cut in two so that it fills a row, tokens are
 repeated. So cuts have a price: a repeated token costs a share of what an empty place costs. The
-fewest rows come of a high price, the least padding of a low one. Rows are filled at one price after
-the other, until at most 1 % is padding.
+fewest rows come of a high price, the least padding of a low one. Where a high one leaves more than
+1 % of padding, the rows that are not full are taken apart and filled again at lower ones, in search
+of the highest that leaves no more.
 
 One piece opens a row, and a subset sum over the sizes of all others fills it. Where that leaves
 more than a little empty, it is seen which cut would leave least, its price included: of a piece
@@ -27,11 +28,12 @@ from gram_jax.subset_sum import closest, largest, sums
 _PADDING = 0.01
 """Share of all places that may be padding; or one row, as the last one is seldom full."""
 
-_SLACK = 0.01
-"""Share of a row that may stay empty where filling it means cutting an example."""
+_PRICES = tuple(0.7 * 0.92**step for step in range(14))
+"""Of a repeated token, where an empty place costs 1. Above the first, rows are not fewer; below the
+last, they are not fuller."""
 
-_PRICES = (0.7, 0.5, 0.4, 0.33, 0.27, 0.2, 0.1, 0.03)
-"""Of a repeated token, where an empty place costs 1. Above 0.7 no pool has fewer rows."""
+_ROUNDS = 3
+"""How often rows are taken apart at one price; more often helps no more."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -226,17 +228,48 @@ class _Pool:
 
 
 def _fill_rows(pieces: Sequence[Piece], shape: RowShape) -> list[_Row]:
-    """Puts every piece, or what it is cut into, in a row: the best found at several prices."""
-    best: list[_Row] = []
-    least: int | None = None
-    for price in _PRICES:
-        rows = _fill_at(price, pieces, shape)
-        empty = sum(shape.tokens - row.tokens for row in rows)
-        if least is None or empty < least:
-            best, least = rows, empty
-        if empty <= max(_PADDING * len(rows) * shape.tokens, shape.tokens):
-            break
+    """Puts every piece, or what it is cut into, in a row; at most 1 % of the places stay empty.
+
+    Where no price leaves so few, it is the lowest or the highest, whichever leaves fewer.
+    """
+    first = _fill_at(_PRICES[0], pieces, shape)
+    if _is_full(first):
+        return first
+    best = min(first, _refill(first, _PRICES[-1], shape), key=_empty)
+    if not _is_full(best):
+        return best
+    too_high, low = 0, len(_PRICES) - 1
+    while low - too_high > 1:
+        middle = (too_high + low) // 2
+        rows = _refill(first, _PRICES[middle], shape)
+        if _is_full(rows):
+            low, best = middle, min(rows, best, key=len)
+        else:
+            too_high = middle
     return best
+
+
+def _refill(rows: list[_Row], price: float, shape: RowShape) -> list[_Row]:
+    """Takes apart the rows that are not full, and fills them again at another price."""
+    for _ in range(_ROUNDS):
+        full = [row for row in rows if _is_full([row], 0)]
+        left = [row for row in rows if not _is_full([row], 0)]
+        pieces = [piece for row in left for piece in row.pieces.values()]
+        rows = full + _fill_at(price, pieces, shape)
+        if _is_full(rows):
+            break
+    return rows
+
+
+def _is_full(rows: Sequence[_Row], spare_rows: int = 1) -> bool:
+    """Whether little enough is empty; ``spare_rows`` are as good as empty whatever is done."""
+    tokens = rows[0].shape.tokens if rows else 0
+    return _empty(rows) <= max(_PADDING * len(rows), spare_rows) * tokens
+
+
+def _empty(rows: Sequence[_Row]) -> int:
+    """Places in rows that hold no token."""
+    return sum(row.shape.tokens - row.tokens for row in rows)
 
 
 def _fill_at(price: float, pieces: Iterable[Piece], shape: RowShape) -> list[_Row]:
@@ -247,18 +280,34 @@ def _fill_at(price: float, pieces: Iterable[Piece], shape: RowShape) -> list[_Ro
         row = _Row(shape)
         row.add(first)
         _fill(row, first, pool, price)
+        if pool.tokens > shape.tokens and (halves := _halves_of_lonely(row, first, price)):
+            for piece in halves:
+                pool.add(piece)
+            continue
         rows.append(row)
     return rows
 
 
+def _halves_of_lonely(row: _Row, first: Piece, price: float) -> tuple[Piece, Piece] | None:
+    """The piece that is alone in a row cut in two, if that costs less than what is empty there.
+
+    It fills no row now, but leaves smaller pieces, of which rows are filled later.
+    """
+    if list(row.pieces.values()) != [first] or len(first.units) == 1:
+        return None
+    cheapest = min(first.shares(), key=lambda share: share.repeats)
+    if price * cheapest.repeats >= row.shape.tokens - row.tokens:
+        return None
+    return first.without(cheapest.units)
+
+
 def _fill(row: _Row, first: Piece, pool: _Pool, price: float) -> None:
     """Adds to a row that ``first`` has opened until nothing more fits."""
-    slack = int(_SLACK * row.shape.tokens)
     while (room := row.room()) > 0:
         sizes = closest(pool.sizes, pool.counted, room)
         empty = room - sum(sizes)
         # If the rest fits in one more row, that row is there however full this one gets.
-        if empty > slack and pool.tokens > row.shape.tokens:
+        if empty and pool.tokens > row.shape.tokens:
             alone = list(row.pieces.values()) == [first]
             if _cut(row, first.shares() if alone else [], pool, empty, price):
                 continue
@@ -303,7 +352,5 @@ def _cut(row: _Row, own: Sequence[Share], pool: _Pool, empty: int, price: float)
     (first,) = row.pieces.values()
     away, kept = first.without(leaves.units)
     row.replace(kept)
-    for size in closest(pool.sizes, pool.counted, row.room()):
-        pool.move(size, row)
     pool.add(away)
     return True

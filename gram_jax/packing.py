@@ -7,8 +7,8 @@ fewest rows come of a high price, the least padding of a low one. Where a high o
 of the highest that leaves no more.
 
 One piece opens a row, and a subset sum over the sizes of all others fills it. Where that leaves
-more than a little empty, it is seen which cut would leave least, its price included: of a piece
-that is in no row yet, or of the one that opened the row, so that something else fits beside it.
+something empty, it is seen which cut would leave least, its price included: of a piece that is in
+no row yet, or of the one that opened the row, so that something else fits beside it.
 Rows are opened by the longest pieces first, but by those of one unit over half a row before all
 others: they cannot be cut themselves, so they get the first choice of what fills their rows.
 """
@@ -268,8 +268,8 @@ def _is_full(rows: Sequence[_Row], spare_rows: int = 1) -> bool:
 
 
 def _empty(rows: Sequence[_Row]) -> int:
-    """Places in rows that hold no token."""
-    return sum(row.shape.tokens - row.tokens for row in rows)
+    """Places in rows that could hold a token and hold none."""
+    return sum(row.room() for row in rows)
 
 
 def _fill_at(price: float, pieces: Iterable[Piece], shape: RowShape) -> list[_Row]:
@@ -296,9 +296,11 @@ def _halves_of_lonely(row: _Row, first: Piece, price: float) -> tuple[Piece, Pie
     if list(row.pieces.values()) != [first] or len(first.units) == 1:
         return None
     cheapest = min(first.shares(), key=lambda share: share.repeats)
-    if price * cheapest.repeats >= row.shape.tokens - row.tokens:
+    away, kept = first.without(cheapest.units)
+    # Where a row has no place for more sequences or pairs, smaller pieces would not fill it either.
+    if price * cheapest.repeats >= row.room() or not row.takes(len(away.responses), away.pairs):
         return None
-    return first.without(cheapest.units)
+    return away, kept
 
 
 def _fill(row: _Row, first: Piece, pool: _Pool, price: float) -> None:

@@ -38,6 +38,7 @@ from gram_jax.errors import DataError, UserError
 from gram_jax.packing import PackCounts, pack
 from gram_jax.pair import Pair
 from gram_jax.rows import RowShape
+from gram_jax.text_packing import pack_texts
 
 QUARANTINE = "quarantine.jsonl"
 _ROWS_AT_ONCE = 256  # tokenised in one call
@@ -244,7 +245,8 @@ def make_shard(plan: Plan, _: Tokenizer, number: int, shards: int) -> dict[str, 
         for record in _load_records(chunk, low, high)
     )
     read, packed = ExampleCounts(), PackCounts()
-    rows = pack(group_records(records, plan.format, read), plan.shape, counts=packed)
+    packer = pack_texts if plan.format == "text" else pack
+    rows = packer(group_records(records, plan.format, read), plan.shape, counts=packed)
     file = f"{name}.array_record"
     reference = bool(plan.config.reference_field) and plan.layout.pairs
     counts = write_shard(plan.folder.parent / file, rows, plan.shape, reference=reference)

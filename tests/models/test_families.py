@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from gram_jax import hf
 from gram_jax.config import ComputeConfig, ModelConfig, RopeScaling
+from gram_jax.cutting import split_example
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import BLOCK_DIMS, MODEL_DIMS, shape_of
 from gram_jax.models.families import config_values, model_config, tensor_part, to_tensor
-from gram_jax.packing import pack, split_example
+from gram_jax.packing import pack
 from gram_jax.readouts import likelihood, token_logprobs
 from gram_jax.rows import Example, RowShape, build_row, check_batch, stack_rows
 

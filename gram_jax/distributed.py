@@ -177,6 +177,15 @@ def main_first(function: Callable[[], _T]) -> _T:
     return told["value"]  # type: ignore[no-any-return]
 
 
+def told_by_all(message: str) -> list[str]:
+    """What each process says here, by number; waits until all have spoken."""
+    if process_count() == 1:
+        return [message]
+    key = _key("told_by_all")
+    _tell(f"{key}/{process_id()}", message)
+    return [_wait_for(f"{key}/{i}") for i in range(process_count())]
+
+
 def finish() -> None:
     """Waits until every process is done, and leaves them."""
     if process_count() > 1:

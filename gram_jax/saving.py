@@ -37,7 +37,7 @@ from gram_jax.checkpoints import (
 from gram_jax.checksums import Leaf, describe, listed, write_manifest
 from gram_jax.config import CheckpointConfig
 from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.distributed import barrier, is_main, process_count
+from gram_jax.distributed import barrier, is_main, process_count, told_by_all
 from gram_jax.errors import UserError
 from gram_jax.reporting import warn
 from gram_jax.training import TrainState
@@ -172,7 +172,7 @@ class CheckpointStore:
         Raises:
           SaveFailed: it failed, and config.checkpoint.on_error is "stop".
         """
-        if (failed := self._settled()) is not None:
+        if (failed := self._agreed(self._settled())) is not None:
             self._go_on(failed)
 
     def finish(self) -> None:
@@ -181,10 +181,9 @@ class CheckpointStore:
         Raises:
           SaveFailed: it failed, whatever config.checkpoint.on_error says.
         """
-        failed = self._settled() or self._failed
+        failed = self._agreed(self._settled()) or self._failed
         if failed:
             raise failed
-        barrier("last save")
 
     def __enter__(self) -> Self:
         return self
@@ -196,11 +195,11 @@ class CheckpointStore:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.wait()
-        except SaveFailed as failed:
             if error is None:
-                raise
-            self._warn(str(failed))  # what stopped the run is the other error
+                self.wait()
+            elif (failed := self._settled()) is not None:
+                # What stopped the run is the other error, maybe in this process alone.
+                self._warn(str(failed))
         finally:
             self._thread.shutdown()
             # Parts of a save that failed may have been written after it was known to have failed.
@@ -249,6 +248,18 @@ class CheckpointStore:
             if future.done():
                 self._saving = None
         return None
+
+    def _agreed(self, mine: SaveFailed | None) -> SaveFailed | None:
+        """How the save failed in the first process in which it did, told to all of them.
+
+        Process 0 gives a save its name, so it may be the only one to see it fail; processes that
+        disagree on that would wait for each other in vain.
+        """
+        told = told_by_all("" if mine is None else str(mine))
+        first = next(filter(None, told), None)
+        if mine is None and first is not None:
+            self._failed = mine = SaveFailed(first)
+        return mine
 
     def _fail(self, step: int, error: Exception) -> SaveFailed:
         self._clean()

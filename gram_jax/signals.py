@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gram_jax.distributed import process_count
+from gram_jax.distributed import barrier, process_count
 
 
 class Preempted(BaseException):
@@ -83,7 +83,12 @@ class StopRequest:
             self._restore = []
 
     def wait_for_steps(self) -> None:
-        """From here on the loop asks :meth:`at_step`; nothing is raised in between."""
+        """From here on the loop asks :meth:`at_step`; nothing is raised in between.
+
+        Processes meet here first: one that left before its first step would leave the others alone
+        in theirs.
+        """
+        barrier("first step")
         self._at_once = False
 
     def at_step(self, mesh: Mesh) -> bool:

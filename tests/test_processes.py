@@ -316,6 +316,22 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(tmp_path, exporte
     check_same_scores(read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl"))
 
 
+def test_a_save_that_fails_in_process_0_alone_fails_in_all(work):
+    """Only process 0 gives a checkpoint its name; here a file has it already."""
+    workdir = work / "in_the_way"
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "checkpoints" / "6").write_text("not a checkpoint")
+    flags = ("--config.checkpoint.on_error=continue",)
+    _, err = train(work, "pretrain", workdir.name, *flags, expected=2)
+    assert err.count("step 6: the checkpoint could not be saved") == 1
+    assert "the newest is step 3" in err
+    assert "Traceback" not in err
+    (workdir / "checkpoints" / "6").unlink()
+    out, _ = train(work, "pretrain", workdir.name, *flags)
+    assert "resuming after step 3" in out + _
+    assert (workdir / "checkpoints" / "6").is_dir()
+
+
 def test_an_error_in_all_processes_is_said_once(work):
     _, err = run("pretrain", "--config=no/such.py", f"--workdir={work}/none", expected=2)
     assert err.count("error: --config=no/such.py: there is no file") == 1

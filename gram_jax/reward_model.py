@@ -72,9 +72,9 @@ def _settings(
     )
 
 
-def define_flags() -> None:
+def define_flags(*, checkpoint_required: bool = True) -> None:
     """The flags of a command that reads rewards, with --checkpoint."""
-    flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=checkpoint_required)
     flags.DEFINE_enum(
         "reward",
         None,

@@ -28,6 +28,8 @@ from gram_jax.scorer import Question, QuestionError, Verdict
 from gram_jax.scoring_state import check_alike
 from gram_jax.versions import versions
 
+_SECONDS_BETWEEN_UPDATES = 0.2
+
 RESULTS, ROWS, REPORT, MARKDOWN = "results.json", "results.jsonl", "report.html", "results.md"
 
 
@@ -107,7 +109,8 @@ def _answers(given: EvaluationInput, engine: Engine, stream: TextIO | None) -> l
         stream=stream,
         enabled=None if is_main() else False,
     )
-    started, made = time.monotonic(), 0
+    started = shown = time.monotonic()
+    made = 0
     answers: list[Answer] = []
     questions = (Question(i.prompt, i.responses, (*i.pairs, *i.equals)) for i in given.items)
     with progress:
@@ -116,8 +119,12 @@ def _answers(given: EvaluationInput, engine: Engine, stream: TextIO | None) -> l
                 _check_finite(item, verdict)
                 answers.append(answer(item, verdict, engine.scorer.beta))
                 made += len(item.pairs)
-                seconds = time.monotonic() - started - engine.engine.compile_seconds
-                progress.update(made, {"pairs/s": made / max(seconds, 1e-9)})
+                now = time.monotonic()
+                # Answers come in batches: one line for all that came at once.
+                if now - shown > _SECONDS_BETWEEN_UPDATES or made == total:
+                    shown = now
+                    seconds = now - started - engine.engine.compile_seconds
+                    progress.update(made, {"pairs/s": made / max(seconds, 1e-9)})
         except QuestionError as error:
             item = given.items[error.question]
             raise DataError(error.reason, file=item.file, line=item.line) from None

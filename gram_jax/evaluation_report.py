@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from gram_jax.benchmarks import Official
 from gram_jax.bootstrap import DRAWS
 from gram_jax.evaluation import Accuracy
 from gram_jax.evaluation_input import EvaluationInput
 from gram_jax.evaluation_results import ALL, Facts, PairTable, Results, SubsetResult
 from gram_jax.figures import (
-    accuracy_bars,
+    accuracy_rows,
     margin_histogram,
     margin_over_length,
     reliability_diagram,
 )
 from gram_jax.report import Cell, Report, Table
 from gram_jax.reporting import duration, human
-
-_BARS_PER_FIGURE = 8
-"""Subsets whose names fit side by side under a figure."""
 
 _ACCURACY_NOTE = (
     "Ties count one half. Intervals are 95 %: Wilson's, or, where pairs share a prompt (marked *),"
@@ -34,7 +29,10 @@ _ACCURACY_NOTE = (
 def console(facts: Facts, given: EvaluationInput, results: Results) -> str:
     """All tables, and every count of what was not as it should be."""
     parts = ["\n".join(_facts_lines(facts, given))]
-    parts += [str(accuracy_table(results)), str(quality_table(facts, results))]
+    tables = (accuracy_table(results), calibration_table(results), kind_table(results))
+    parts += map(str, tables)
+    if any(found.interval == "bootstrap" for found in results.subsets.values()):
+        parts[1] += f"\n* pairs share prompts: interval by bootstrap, {DRAWS:,} draws of prompts"
     for one in results.official:
         parts.append("\n".join([one.title, str(official_table(one)), *_official_notes(one)]))
     return "\n\n".join(parts)
@@ -44,7 +42,7 @@ def markdown(facts: Facts, given: EvaluationInput, results: Results) -> str:
     """The same tables, to be pasted."""
     parts = [f"## {facts.checkpoint}", "\n".join(f"- {x}" for x in _facts_lines(facts, given))]
     parts += [accuracy_table(results).markdown(), _ACCURACY_NOTE]
-    parts.append(quality_table(facts, results).markdown())
+    parts += [calibration_table(results).markdown(), kind_table(results).markdown()]
     for one in results.official:
         parts += [f"### {one.title}", official_table(one).markdown(), *_official_notes(one)]
     return "\n\n".join(parts) + "\n"
@@ -76,26 +74,33 @@ def accuracy_table(results: Results) -> Table:
     return Table(headers, rows)
 
 
-def quality_table(facts: Facts, results: Results) -> Table:
-    """Margins, calibration, and what the kind of reward has of its own."""
+def calibration_table(results: Results) -> Table:
+    """Margins, and how far the probabilities can be taken at their word."""
     headers = ["subset", "margin mean", "margin std", "NLL", "Brier", "ECE"]
-    judge = facts.kind == "judge"
-    if judge:
-        headers += ["consistent", "mean p(A)", "first wins", "undecided"]
-    else:
-        headers += ["reward mean", "reward std", "reward min", "reward max"]
     rows: list[list[Cell]] = []
     for name, found in shown(results).items():
-        pairs = found.pairs
-        row: list[Cell] = [name, pairs.margin_mean, pairs.margin_std, pairs.nll, pairs.brier]
-        row.append(pairs.ece)
+        p = found.pairs
+        rows.append([name, p.margin_mean, p.margin_std, p.nll, p.brier, p.ece])
+    return Table(headers, rows)
+
+
+def kind_table(results: Results) -> Table:
+    """What a judge does with the order, or what rewards there are."""
+    judge = results.subsets[ALL].judge is not None
+    if judge:
+        headers = ["subset", "consistent", "mean p(A)", "first wins", "right shown first"]
+        headers += ["right shown second", "undecided"]
+    else:
+        headers = ["subset", "responses", "reward mean", "std", "min", "max"]
+    rows: list[list[Cell]] = []
+    for name, found in shown(results).items():
         if found.judge:
             j = found.judge
-            row += [j.consistency, j.mean_first, j.first_wins, j.undecided]
+            row: list[Cell] = [name, j.consistency, j.mean_first, j.first_wins]
+            rows.append([*row, j.accuracy_first, j.accuracy_second, j.undecided])
         elif found.rewards:
             r = found.rewards
-            row += [r.mean, r.std, r.low, r.high]
-        rows.append(row)
+            rows.append([name, r.n, r.mean, r.std, r.low, r.high])
     return Table(headers, rows)
 
 
@@ -142,10 +147,11 @@ def report(facts: Facts, given: EvaluationInput, results: Results, table: PairTa
         " its label; the margin is the mean over both orders of its log-odds. mean p(A) is 0.5 for"
         " a judge that does not care what is shown first.",
     )
-    page.table(quality_table(facts, results))
+    page.table(calibration_table(results))
+    page.table(kind_table(results))
     page.figure(
         reliability_diagram(results.reliability, "all pairs"),
-        "Accuracy against confidence. Bars on the line mean that p can be taken at its word.",
+        "Accuracy against confidence. Where circles lie on the line, p can be taken at its word.",
         "Reliability diagram: accuracy by bin of confidence, and pairs in each bin",
     )
     page.figure(
@@ -166,23 +172,17 @@ def report(facts: Facts, given: EvaluationInput, results: Results, table: PairTa
 
 
 def _add_bars(page: Report, results: Results) -> None:
-    names = list(shown(results))
-    for start in range(0, len(names), _BARS_PER_FIGURE):
-        group = names[start : start + _BARS_PER_FIGURE]
-        accuracies = [results.subsets[name].pairs.accuracy for name in group]
-        longer = {name: results.subsets[name].pairs.longer_wins for name in group}
-        page.figure(
-            accuracy_bars(
-                group,
-                ["accuracy"],
-                np.array([[a.value] for a in accuracies]),
-                np.array([[a.low] for a in accuracies]),
-                np.array([[a.high] for a in accuracies]),
-                {name: found.value for name, found in longer.items() if found is not None},
-            ),
-            "Accuracy with 95 % intervals; the stroke is what preferring the longer response gets.",
-            f"Bars of accuracy for {', '.join(group)}",
-        )
+    found = shown(results)
+    longer = {name: one.pairs.longer_wins for name, one in found.items()}
+    page.figure(
+        accuracy_rows(
+            list(found),
+            [one.pairs.accuracy for one in found.values()],
+            {name: one.value for name, one in longer.items() if one is not None},
+        ),
+        "Accuracy with 95 % intervals; the stroke is what preferring the longer response gets.",
+        "Bars of accuracy by subset, each with its interval and the baseline of length",
+    )
 
 
 def _facts_lines(facts: Facts, given: EvaluationInput) -> list[str]:
@@ -197,13 +197,13 @@ def _facts_lines(facts: Facts, given: EvaluationInput) -> list[str]:
         f" compilation {facts.compile_seconds:.1f} s",
     ]
     counts = {
-        f"{facts.ties:,} pairs are ties, counted one half": facts.ties,
-        f"{facts.truncated:,} rows were cut to fit": facts.truncated,
-        f"{facts.repeated:,} pairs repeat an earlier one, and count again": facts.repeated,
-        f"{facts.identical:,} pairs are of two equal responses": facts.identical,
-        f"{facts.contrary:,} pairs are there the other way round as well": facts.contrary,
+        "pairs that are ties, counted one half": facts.ties,
+        "rows of which something was cut to fit": facts.truncated,
+        "pairs that repeat an earlier one, and count again": facts.repeated,
+        "pairs of two equal responses": facts.identical,
+        "pairs that are there the other way round as well": facts.contrary,
     }
-    return lines + [text for text, count in counts.items() if count]
+    return lines + [f"{text}: {count:,}" for text, count in counts.items() if count]
 
 
 def _official_notes(official: Official) -> list[str]:

@@ -21,13 +21,14 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from gram_jax.evaluation import Floats, Reliability
+from gram_jax.evaluation import Accuracy, Floats, Reliability
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
 INK, SOFT, GRID = "#24292f", "#59636e", "#d8dde3"
 WIDTH = 7.0
 MOST_POINTS = 3000
+_INTERVAL = ("value", "low", "high")
 
 Series = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
@@ -117,6 +118,43 @@ def accuracy_bars(
     axes.set_ylim(0.0, 1.1)
     axes.set_ylabel("accuracy")
     _percent_with_chance(axes)
+    _legend_above(axes)
+    return figure
+
+
+def accuracy_rows(
+    names: Sequence[str],
+    accuracies: Sequence[Accuracy],
+    baseline: Mapping[str, float] | None = None,
+) -> Figure:
+    """Accuracies with intervals, one bar below the other, for many names or long ones.
+
+    Args:
+      names: down the side, the first on top.
+      accuracies: one each.
+      baseline: accuracy of "the longer response wins" by name, drawn as a stroke across the bar.
+    """
+    figure, axes = _figure(height=0.9 + 0.3 * len(names))
+    y = np.arange(len(names), dtype=float)
+    value, low, high = (np.array([getattr(a, f) for a in accuracies]) for f in _INTERVAL)
+    axes.barh(y, value, 0.68, color=COLOURS[0], zorder=2, label="accuracy")
+    whiskers = np.maximum([value - low, high - value], 0.0)
+    axes.errorbar(
+        value, y, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5, zorder=6
+    )
+    marked = [place for place, name in enumerate(names) if name in (baseline or {})]
+    if baseline and marked:
+        level = [baseline[names[place]] for place in marked]
+        ends = y[marked] - 0.4, y[marked] + 0.4
+        axes.vlines(level, *ends, color="white", linewidth=4.0, zorder=4)
+        axes.vlines(level, *ends, color=COLOURS[5], linewidth=2.0, zorder=5, label="longer wins")
+    axes.axvline(0.5, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1, label="chance")
+    axes.set_yticks(y, list(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0.0, 1.0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("accuracy")
     _legend_above(axes)
     return figure
 

@@ -136,7 +136,7 @@ class Row(NamedTuple):
         values = self.record.get(field)
         if not isinstance(values, list) or not least <= len(values) <= most:
             count = f"{least}" if most == least else f"at least {least}"
-            raise self.error(field, f"must be a list of {count} responses")
+            raise self.error(field, f"must be a list of {count} response{'s' * (least > 1)}")
         return tuple(
             checked_response(value, f"{field}[{i}]", prompt, file=self.file, line=self.line)
             for i, value in enumerate(values)

@@ -127,7 +127,9 @@ def _answers(given: EvaluationInput, engine: Engine, stream: TextIO | None) -> l
                     progress.update(made, {"pairs/s": made / max(seconds, 1e-9)})
         except QuestionError as error:
             item = given.items[error.question]
-            raise DataError(error.reason, file=item.file, line=item.line) from None
+            places = {"prompt": 0, "response": 1 + error.index}
+            field = item.fields[places[error.field]] if error.field else None
+            raise DataError(error.reason, file=item.file, line=item.line, field=field) from None
     return answers
 
 

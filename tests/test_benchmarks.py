@@ -89,6 +89,10 @@ def test_a_record_is_recognised_by_its_columns(record, name, subset, responses, 
     assert len(item.responses) == responses
     assert list(item.pairs) == pairs
     assert (item.file, item.line) == ("data.jsonl", 5)
+    for field, value in zip(item.fields, (item.prompt, *item.responses), strict=True):
+        name, _, place = field.removesuffix("]").partition("[")
+        found = record["targets"]["choices"] if name == "targets.choices" else record[name]
+        assert (found[int(place)] if place else found) == value
 
 
 def test_ids_are_the_rows_own_or_their_lines():
@@ -102,6 +106,7 @@ def test_ids_are_the_rows_own_or_their_lines():
         ("Natural.jsonl", "natural"),
         ("data/Adversarial_GPTInst.jsonl.gz", "adversarial-gptinst"),
         ("llmbar-adver-manual.jsonl", "adversarial-manual"),
+        ("LLMBar/Adversarial/GPTOut/dataset.json", "adversarial-gptout"),
     ],
 )
 def test_llmbar_files_without_a_subset_go_by_their_names(file, subset):
@@ -112,6 +117,7 @@ def test_llmbar_files_without_a_subset_go_by_their_names(file, subset):
 def test_hhh_files_without_a_subset_go_by_their_names():
     record = {name: value for name, value in HHH.items() if name != "subset"}
     assert read(record, file="some/Helpful.json").subset == "helpful"
+    assert read(record, file="honest/test-00000-of-00001.parquet").subset == "honest"
 
 
 @pytest.mark.parametrize(

@@ -251,12 +251,12 @@ class Refusing(StrengthScorer):
     def score(self, questions):
         for number, question in enumerate(questions):
             if number == 2:
-                raise QuestionError(number, "is too long")
+                raise QuestionError(number, "is too long", "response", 1)
             yield from super().score([question])
 
 
 def test_a_question_that_cannot_be_answered_is_named_by_its_line(tmp_path):
-    with pytest.raises(DataError, match=r"out.data.jsonl:3: is too long"):
+    with pytest.raises(DataError, match=r"out.data.jsonl:3: field 'rejected': is too long"):
         evaluate(tmp_path, PAIRS, Refusing())
     with pytest.raises(UserError, match=r"data.jsonl:2: the model gives a reward that is not fin"):
         evaluate(tmp_path, [PAIRS[0], pair("b", "inf", "1")], StrengthScorer())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gram_jax.benchmarks.items import (
@@ -16,8 +15,10 @@ from gram_jax.benchmarks.items import (
     Sum,
     mean_of,
     missing_and_differing,
+    places_in,
     share_right,
     subsets_of,
+    words_of_path,
 )
 from gram_jax.benchmarks.preferences import pair_item
 from gram_jax.data.sources import checked_response
@@ -49,18 +50,19 @@ def _read(row: Row) -> Item:
         for i, choice in enumerate(choices)
     )
     pairs = ((0, 1),) if labels == [1, 0] else ((1, 0),)
-    return Item("hhh", subset, row.id(), prompt, responses, pairs, row.file, row.line)
+    fields = ("input", *places_in("targets.choices", choices))
+    return Item("hhh", subset, row.id(), prompt, responses, pairs, row.file, row.line, fields)
 
 
 def _subset(row: Row) -> str:
-    """By the column ``subset``, else by the file's name, which the published files go by."""
+    """By the column ``subset``, else by the names of the file and its folder, as published."""
     if row.record.get("subset") is not None:
         return row.known("subset", PUBLISHED)
-    name = Path(row.file).name.partition(".")[0].lower()
-    if name not in PUBLISHED:
-        known = ", ".join(PUBLISHED)
-        raise row.error("subset", f"is missing, and the file's name is none of {known}; add it")
-    return name
+    for word in words_of_path(row.file):
+        if word in PUBLISHED:
+            return word
+    known = ", ".join(PUBLISHED)
+    raise row.error("subset", f"is missing, and the file's name is none of {known}; add it")
 
 
 def official(answers: Sequence[Answer]) -> Official:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -34,6 +36,7 @@ class Item(NamedTuple):
       id: the row's own, or its line.
       pairs: places (better, worse) in ``responses``: what is measured.
       file, line: where the row stands.
+      fields: where in the row the prompt and each response are, for messages.
       equals: pairs of responses that are equally good. A judge compares them too, where a
         benchmark needs a rating of every response.
     """
@@ -46,6 +49,7 @@ class Item(NamedTuple):
     pairs: tuple[Pair, ...]
     file: str
     line: int
+    fields: tuple[str, ...]
     equals: tuple[Pair, ...] = ()
 
 
@@ -152,6 +156,18 @@ class Row(NamedTuple):
     def id(self, field: str = "id") -> str:
         value = self.record.get(field)
         return str(self.line) if value is None else str(value)
+
+
+def places_in(field: str, values: Sequence[Any]) -> list[str]:
+    """Names of the places in a list."""
+    return [f"{field}[{i}]" for i in range(len(values))]
+
+
+def words_of_path(file: str) -> list[str]:
+    """Words, in small letters, of a file's name and then of its folder's."""
+    path = Path(file)
+    names = path.name.partition(".")[0], path.parent.name
+    return [word for name in names for word in re.split(r"[^a-z]+", name.lower()) if word]
 
 
 class Sum(NamedTuple):

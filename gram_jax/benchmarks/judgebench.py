@@ -49,9 +49,9 @@ def _read(row: Row) -> Item:
     prompt = row.prompt("question")
     responses = row.response("response_A", prompt), row.response("response_B", prompt)
     pairs = ((0, 1),) if label == "A>B" else ((1, 0),)
-    return Item(
-        "judgebench", subset, row.id("pair_id"), prompt, responses, pairs, row.file, row.line
-    )
+    fields = ("question", "response_A", "response_B")
+    id = row.id("pair_id")
+    return Item("judgebench", subset, id, prompt, responses, pairs, row.file, row.line, fields)
 
 
 def is_correct(answer: Answer) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from gram_jax.benchmarks.items import (
     mean_of,
     missing_and_differing,
     subsets_of,
+    words_of_path,
 )
 from gram_jax.benchmarks.preferences import pair_item
 
@@ -59,21 +59,23 @@ def _read(row: Row) -> Item:
     prompt = row.prompt("input")
     responses = row.response("output_1", prompt), row.response("output_2", prompt)
     pairs = ((0, 1),) if str(label) == "1" else ((1, 0),)
-    return Item("llmbar", subset, row.id(), prompt, responses, pairs, row.file, row.line)
+    fields = ("input", "output_1", "output_2")
+    return Item("llmbar", subset, row.id(), prompt, responses, pairs, row.file, row.line, fields)
 
 
 def _subset(row: Row) -> str:
-    """By the column ``subset``, else by the file's name, which the published files go by."""
-    named = row.record.get("subset") is not None
-    text = row.text("subset") if named else Path(row.file).name.partition(".")[0]
-    words = re.split(r"[^a-z]+", text.lower())
-    subset = next((_BY_LAST_WORD[word] for word in words if word in _BY_LAST_WORD), None)
-    if subset is None:
-        known = ", ".join(PUBLISHED)
-        if named:
-            raise row.error("subset", f"{text!r} is none of {known}")
-        raise row.error("subset", f"is missing, and the file's name is none of {known}; add it")
-    return subset
+    """By the column ``subset``, else by the names of the file and its folder, as published."""
+    if row.record.get("subset") is not None:
+        text = row.text("subset")
+        words = re.split(r"[^a-z]+", text.lower())
+        reason = f"{text!r} is none of {', '.join(PUBLISHED)}"
+    else:
+        words = words_of_path(row.file)
+        reason = f"is missing, and the file's name is none of {', '.join(PUBLISHED)}; add it"
+    for word in words:
+        if word in _BY_LAST_WORD:
+            return _BY_LAST_WORD[word]
+    raise row.error("subset", reason)
 
 
 def official(answers: Sequence[Answer]) -> Official:

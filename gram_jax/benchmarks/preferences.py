@@ -13,7 +13,10 @@ def pair_item(row: Row, benchmark: str, subset: str) -> Item:
     """
     prompt = row.prompt()
     responses = row.response("chosen", prompt), row.response("rejected", prompt)
-    return Item(benchmark, subset, row.id(), prompt, responses, ((0, 1),), row.file, row.line)
+    fields = ("prompt", "chosen", "rejected")
+    return Item(
+        benchmark, subset, row.id(), prompt, responses, ((0, 1),), row.file, row.line, fields
+    )
 
 
 def _read(row: Row) -> Item:

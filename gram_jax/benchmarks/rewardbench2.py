@@ -23,6 +23,7 @@ from gram_jax.benchmarks.items import (
     mean,
     mean_of,
     missing_and_differing,
+    places_in,
     subsets_of,
 )
 
@@ -63,8 +64,18 @@ def _read(row: Row) -> Item:
     equals = (*combinations(right, 2), *combinations(wrong, 2)) if subset == "Ties" else ()
     pairs = tuple((i, j) for i in right for j in wrong)
     responses = (*chosen, *rejected)
+    fields = ("prompt", *places_in("chosen", chosen), *places_in("rejected", rejected))
     return Item(
-        "rewardbench2", subset, row.id(), prompt, responses, pairs, row.file, row.line, equals
+        "rewardbench2",
+        subset,
+        row.id(),
+        prompt,
+        responses,
+        pairs,
+        row.file,
+        row.line,
+        fields,
+        equals,
     )
 
 

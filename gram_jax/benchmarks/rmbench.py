@@ -20,6 +20,7 @@ from gram_jax.benchmarks.items import (
     Row,
     Sum,
     mean_of,
+    places_in,
     subsets_of,
 )
 
@@ -47,7 +48,8 @@ def _read(row: Row) -> Item:
     rejected = row.responses("rejected", prompt, least=STYLES, most=STYLES)
     pairs = tuple((i, STYLES + j) for i in range(STYLES) for j in range(STYLES))
     responses = (*chosen, *rejected)
-    return Item("rmbench", subset, row.id(), prompt, responses, pairs, row.file, row.line)
+    fields = ("prompt", *places_in("chosen", chosen), *places_in("rejected", rejected))
+    return Item("rmbench", subset, row.id(), prompt, responses, pairs, row.file, row.line, fields)
 
 
 def levels(answers: Sequence[Answer]) -> dict[str, float]:

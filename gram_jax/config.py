@@ -13,6 +13,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from gram_jax.data.shapes import FORMATS
 from gram_jax.errors import UserError
 
 FIXED = "fixed"
@@ -167,10 +168,11 @@ class DataConfig:
     validation: tuple[str, ...] = setting((), "Sources for the validation loss.", resume=FREE)
     format: str = setting(
         "auto",
-        "Columns of the sources: text; responses (prompt, response or responses); preferences"
-        " (prompt, chosen, rejected); pairs (as responses, two of them in one sequence, as a judge"
-        " reads them); auto = as each source's first row says.",
-        choices=("auto", "text", "responses", "pairs", "preferences"),
+        "Columns of the sources, as in docs/data_formats.md: text; responses (prompt, response or"
+        " responses); preferences (prompt, chosen, rejected); pairs (two responses in one sequence,"
+        " as a judge reads them, of any columns that hold two); and those of published data."
+        " auto = as each source's first row says.",
+        choices=("auto", *FORMATS),
     )
     reference_field: str = setting(
         "", "Column with [chosen, rejected] log-probs under a reference model, as `score` writes."

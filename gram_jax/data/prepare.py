@@ -35,7 +35,7 @@ from gram_jax.data.rowset import (
     read_manifest,
     write_json,
 )
-from gram_jax.data.sources import detect_format
+from gram_jax.data.shapes import LABELLED, UNLABELLED, detect_format, kind_of
 from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
@@ -164,7 +164,7 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     seen = [_seen(source) for source in sources]
     key = {
         "sources": _identity(sources),
-        "format": _format(sources, config, asked.layout.pairs),
+        "format": _format(sources, config, asked.layout),
         "layout": asked.layout.key(),
         "settings": {name: getattr(config, name) for name in _SETTINGS},
         "tokenizer": asked.tokenizer.fingerprint(),
@@ -212,13 +212,13 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     )
 
 
-def _format(sources: Sequence[Source], config: DataConfig, pairs: bool) -> str:
+def _format(sources: Sequence[Source], config: DataConfig, layout: Layout) -> str:
     """What a source's rows are; as its first good row says, if the settings do not.
 
     Raises:
       DataError: it is not what the objective needs, or cannot be told.
     """
-    found = config.format
+    found, kinds = config.format, LABELLED if layout.pairs else UNLABELLED
     where = sources[0].spec
     if found == "auto":
         records = (
@@ -229,15 +229,18 @@ def _format(sources: Sequence[Source], config: DataConfig, pairs: bool) -> str:
         )
         for where, line, record in records:
             if not isinstance(record, DataError):
-                found = detect_format(record, file=where, line=line)
+                found = detect_format(record, file=where, line=line, kinds=kinds)
                 break
             if config.on_bad_row == "stop":
                 raise record
         else:
             raise DataError("no row can be used", file=where)
-    if pairs != (found == "preferences"):
-        needed = "preferences" if pairs else "text or responses"
+    if kind_of(found) not in kinds:
+        needed = "preferences" if layout.pairs else "text or responses"
         raise DataError(f"its rows are {found}, but the objective needs {needed}", file=where)
+    if kind_of(found) == "unpaired" and layout.reading == "judge":
+        reason = "its rows are unpaired, but a judge compares two responses; make pairs of them"
+        raise DataError(f"{reason} first, or choose another objective", file=where)
     return found
 
 

@@ -25,6 +25,8 @@ class ExampleCounts:
     shared_responses: int = 0  # occurrences of a response that is already there for its prompt
     repeated_pairs: int = 0  # pairs that stand in the data more than once; all are kept
     dropped_pairs: int = 0  # pairs whose responses became equal when they were cut
+    ties: int = 0  # pairs in the data of which neither side is better
+    unpaired_left_out: int = 0  # prompts whose labelled responses are all good, or all bad
 
     def text(self) -> str:
         """One line: every count that is not zero."""
@@ -41,7 +43,8 @@ class TokenRecord:
     """A prompt, responses, and comparisons among them, as token ids.
 
     ``key`` (64 bits) is equal for records that belong together: those of one document, or of one
-    prompt. ``reference`` holds the responses' log-probs under a reference model.
+    prompt. ``reference`` holds the responses' log-probs under a reference model. A response that
+    was labelled by itself has a pair without ``b``, whose target is 1 (good) or 0.
     """
 
     key: int

@@ -31,7 +31,8 @@ from gram_jax.config import DataConfig
 from gram_jax.data.examples import Layout, encode_rows, group_records
 from gram_jax.data.records import Block
 from gram_jax.data.rowset import write_json, write_shard
-from gram_jax.data.sources import Row, parse_row
+from gram_jax.data.shapes import parse_row
+from gram_jax.data.sources import Row
 from gram_jax.data.token_records import ExampleCounts, TokenRecord
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError

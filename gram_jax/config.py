@@ -174,6 +174,26 @@ class DataConfig:
         " auto = as each source's first row says.",
         choices=("auto", *FORMATS),
     )
+    holdout: float = setting(
+        0.0,
+        "Share of the prompts of train that is for validation instead, where validation is empty;"
+        " which ones is decided by their texts.",
+    )
+    exclude: tuple[str, ...] = setting(
+        (),
+        "Sources, such as evaluation files, whose prompts should not be trained on.",
+        # They may move; which prompts they hold is part of what rows are made of.
+        resume=FREE,
+    )
+    on_overlap: str = setting(
+        "drop",
+        "Rows of train whose prompt is in exclude: left out and counted, or only counted.",
+        choices=("drop", "count"),
+    )
+    max_pairs: int = setting(
+        0, "Labelled pairs drawn from each source of train; 0 = all. A draw holds all smaller ones."
+    )
+    draw_seed: int = setting(0, "Seed of the draw of max_pairs.")
     reference_field: str = setting(
         "", "Column with [chosen, rejected] log-probs under a reference model, as `score` writes."
     )
@@ -467,6 +487,12 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
         ),
         (lambda c: c.workers >= 0, "workers is a number of processes, or 0"),
         (lambda c: 0 <= c.max_prompt < c.row_length, "max_prompt must be below row_length"),
+        (lambda c: 0 <= c.holdout < 1, "holdout is a share of the prompts, in [0, 1)"),
+        (
+            lambda c: not (c.holdout and c.validation),
+            "holdout makes the validation data, but validation names some; leave out one of them",
+        ),
+        (lambda c: c.max_pairs >= 0, "max_pairs is a number of pairs, or 0"),
     ),
     ObjectiveConfig: (
         (lambda c: 0 <= c.label_smoothing < 0.5, "label_smoothing must be in [0, 0.5)"),

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from gram_jax.data.shapes import FORMATS
+from gram_jax.data.shapes import FORMATS, UNLABELLED, kind_of
 from gram_jax.errors import UserError
 
 FIXED = "fixed"
@@ -533,10 +533,10 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
         (
             lambda c: (
                 c.data.format == "auto"
-                or (c.objective.name == "next_token") == (c.data.format != "preferences")
+                or (c.objective.name == "next_token") == (kind_of(c.data.format) in UNLABELLED)
             ),
-            "objective.name=next_token goes with data.format=text, responses or pairs, the others"
-            " with preferences",
+            "objective.name=next_token goes with data.format=text, responses, pairs or alpaca, the"
+            " others with preferences and the formats of labelled data",
         ),
         (
             lambda c: not c.train.head_only or c.objective.name == "bradley_terry",
@@ -549,6 +549,10 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
         (
             lambda c: not c.data.reference_field or c.objective.name == "smoothed_pairwise",
             "data.reference_field is read by objective.name=smoothed_pairwise only",
+        ),
+        (
+            lambda c: not c.data.max_pairs or c.objective.name != "next_token",
+            "data.max_pairs draws labelled pairs, which objective.name=next_token does not read",
         ),
     ),
 }

@@ -203,7 +203,6 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     }
     shape = row_shape(config, asked.layout)
     selection = dataclasses.replace(asked.selection, excluded=prompts_of(asked.excluded()))
-    _check_draw(selection, str(key["format"]), asked)
     plan = work.Plan(folder / "work", config, asked.layout, str(key["format"]), shape, selection)
     # What was left out of a chunk depends on this, too.
     work.begin(plan, {**key, "on_bad_row": config.on_bad_row}, asked.tokenizer)
@@ -251,20 +250,6 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     )
 
 
-def _check_draw(selection: Selection, format: str, asked: _Asked) -> None:
-    """Raises UserError where there are no labelled pairs to draw."""
-    if selection.max_pairs and not asked.layout.pairs:
-        raise UserError(
-            "config.data.max_pairs draws labelled pairs, and the objective needs none; set it to 0"
-        )
-    if selection.max_pairs and kind_of(format) == "unpaired":
-        raise DataError(
-            "its responses are labelled one by one, so there are no pairs for config.data.max_pairs"
-            " to draw from; set it to 0, or make pairs of them first",
-            file=asked.spec,
-        )
-
-
 def _format(sources: Sequence[Source], config: DataConfig, layout: Layout) -> str:
     """What a source's rows are; as its first good row says, if the settings do not.
 
@@ -294,6 +279,9 @@ def _format(sources: Sequence[Source], config: DataConfig, layout: Layout) -> st
     if kind_of(found) == "unpaired" and layout.reading == "judge":
         reason = "its rows are unpaired, but a judge compares two responses; make pairs of them"
         raise DataError(f"{reason} first, or choose another objective", file=where)
+    if kind_of(found) == "unpaired" and config.max_pairs:
+        reason = "its rows are unpaired, so config.data.max_pairs has no pairs to draw from; set it"
+        raise DataError(f"{reason} to 0, or make pairs of them first", file=where)
     return found
 
 

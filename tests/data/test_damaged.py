@@ -229,6 +229,8 @@ def small_files(folder):
     grouped = write_array_record(folder / "grouped.array_record", raw, 8)
     packed = write_jsonl(folder / "a.jsonl.gz", TABLE)
     framed = write_jsonl(folder / "a.jsonl.zst", TABLE)
+    listed = folder / "list.json"
+    listed.write_text(json.dumps(TABLE, indent=1))
     hf = write_hf(folder / "hf", TABLE)
     splits = write_hf_dict(folder / "hf_dict", train=TABLE[:9], test=TABLE[:9])
     made = write_tfds(folder / "tfds", train=[CHAT] * 9, test=[CHAT] * 3)
@@ -236,6 +238,7 @@ def small_files(folder):
     return {
         "gzip": (packed, packed, 500),
         "zstd": (framed, framed, 500),
+        "json list": (listed, listed, 300),
         "parquet": (plain, plain, 500),
         "parquet with checksums": (checked, checked, 300),
         "parquet of chats": (chats, chats, 400),
@@ -257,9 +260,9 @@ def files(tmp_path_factory):
 
 
 KINDS = (
-    "gzip", "zstd", "parquet", "parquet with checksums", "parquet of chats", "arrow stream",
-    "arrow file", "array_record", "array_record in groups", "state.json", "dataset_dict.json",
-    "features.json", "dataset_info.json", "tfds shard",
+    "gzip", "zstd", "json list", "parquet", "parquet with checksums", "parquet of chats",
+    "arrow stream", "arrow file", "array_record", "array_record in groups", "state.json",
+    "dataset_dict.json", "features.json", "dataset_info.json", "tfds shard",
 )  # fmt: skip
 
 

@@ -268,17 +268,15 @@ def test_pairs_of_labelled_responses_meet_wherever_they_stand(tmp_path, small_ch
     judge = Layout("judge", False, TEMPLATE)
     with pytest.raises(DataError, match="a judge compares two responses"):
         prepared(path, tmp_path / "judge", layout=judge)
-    with pytest.raises(DataError, match="labelled one by one"):
+    with pytest.raises(DataError, match="has no pairs to draw from"):
         prepared(path, tmp_path / "draw", max_pairs=5)
 
 
-def test_there_must_be_pairs_to_draw(tmp_path):
+def test_a_share_that_holds_no_prompt_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "w5 w6"}])
-    with pytest.raises(UserError, match="the objective needs none"):
-        prepared(path, tmp_path / "rows", layout=Layout("text", True), max_pairs=5)
+    options = {"layout": Layout("text", True), "use": "held_out", "holdout": 1e-9}
     with pytest.raises(DataError, match=r"nothing to validate on: rows 1, other part 1"):
-        prepared(path, tmp_path / "rows", layout=Layout("text", True), use="held_out",
-                 holdout=1e-9)  # fmt: skip
+        prepared(path, tmp_path / "rows", **options)
 
 
 @pytest.mark.parametrize(

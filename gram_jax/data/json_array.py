@@ -1,4 +1,4 @@
-"""`.json` files as JSON Lines, whether they hold those or one list, as published data often does."""
+"""`.json` files as JSON Lines, whether they hold those or one list, as published data may."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Every shape of data is recognised by its columns and becomes the row it means."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from gram_jax.config import DataConfig, validate
-from gram_jax.data.shapes import FORMATS, LABELLED, UNLABELLED, detect_format, parse_row
+from gram_jax.data.shapes import FORMATS, LABELLED, UNLABELLED, detect_format, kind_of, parse_row
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, UnpairedRow
 from gram_jax.errors import DataError
 from gram_jax.pair import Pair
@@ -400,3 +401,16 @@ def test_a_wrong_field_is_named(record, change, field, part):
     error = fault(record | change)
     assert error.field == field
     assert part in str(error)
+
+
+def test_the_documentation_has_a_row_of_each_format():
+    text = (Path(__file__).parents[2] / "docs" / "data_formats.md").read_text("utf-8")
+    lines = text.split("A row of each:\n\n")[1].split("\n\n")[0].split("\n")
+    found = [parse(json.loads(line))[0] for line in lines]
+    assert set(found) == set(FORMATS) - {"pairs"}
+    for format in FORMATS:
+        assert f"| `{format}` |" in text
+    listed = [line.split("`")[1] for line in text.split("\n") if line.startswith("| `")]
+    # Labelled ones stand in the order in which a row is compared with them.
+    labelled = [name for name in FORMATS if kind_of(name) in LABELLED]
+    assert [name for name in listed if name in labelled] == labelled

@@ -10,6 +10,7 @@ from gram_jax.data.shapes import FORMATS, LABELLED, UNLABELLED, detect_format, k
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, UnpairedRow
 from gram_jax.errors import DataError
 from gram_jax.pair import Pair
+from gram_jax.scoring_input import candidates_of
 
 ASK = {"role": "user", "content": "Can dogs get covid?"}
 BRIEF = {"role": "system", "content": "Be brief."}
@@ -414,3 +415,12 @@ def test_the_documentation_has_a_row_of_each_format():
     # Labelled ones stand in the order in which a row is compared with them.
     labelled = [name for name in FORMATS if kind_of(name) in LABELLED]
     assert [name for name in listed if name in labelled] == labelled
+
+
+def test_what_is_trained_on_and_what_is_scored_have_the_same_prompt():
+    record = {"prompt": [ASK], "chosen": [YES], "rejected": [NO], "system": "Be brief."}
+    for more in ({}, {"tools": TOOLS}):
+        row = record | more
+        scored = candidates_of(row, file="f.jsonl", line=3)
+        assert scored.prompt == parse(row)[1].prompt == parse(row, "pairs")[1].prompt
+        assert scored.prompt[-2:] == [BRIEF, ASK]

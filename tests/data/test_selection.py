@@ -14,9 +14,11 @@ from gram_jax.data.judge import JudgeTemplate
 from gram_jax.data.meter import Meter
 from gram_jax.data.prepare import prepared_rows
 from gram_jax.data.rowset import ROW_FORMAT, read_manifest
-from gram_jax.data.selection import normalised
+from gram_jax.data.selection import drawn, normalised
 from gram_jax.data.stage import stage_data
+from gram_jax.data.token_records import ExampleCounts, TokenRecord
 from gram_jax.errors import DataError, UserError
+from gram_jax.pair import Pair
 
 TOKENIZER = peer_models.tokenizer()
 LIKELIHOOD = Layout("likelihood", True)
@@ -221,6 +223,21 @@ def test_a_draw_has_exactly_so_many_pairs_and_holds_every_smaller_one(
     assert branches(other) != branches(draws[10])
     with pytest.raises(DataError, match="has 240 pairs that can be used, fewer than"):
         prepared(path, tmp_path / "more", max_pairs=241)
+
+
+def test_a_drawn_pair_keeps_its_responses_and_their_reference():
+    responses = tuple(np.array([number], np.int32) for number in (10, 11, 12, 13))
+    pairs = (Pair(0, 1), Pair(3, 1, 0.5, 0.25, 2.0), Pair(1, 2))
+    reference = (-1.0, -2.0, -3.0, -4.0)
+    whole = TokenRecord(9, np.array([5], np.int32), responses, pairs, reference, (7, 3, 8))
+    counts = ExampleCounts()
+    found = drawn(whole, 6, counts)
+    assert [response.tolist() for response in found.responses] == [[11], [13]]
+    assert found.pairs == (Pair(1, 0, 0.5, 0.25, 2.0),)
+    assert (found.key, found.reference, counts.undrawn_pairs) == (9, (-2.0, -4.0), 2)
+    assert drawn(whole, 8, counts) is whole
+    assert drawn(whole, 2, counts) is None
+    assert counts.undrawn_pairs == 5
 
 
 @pytest.mark.parametrize(("orders", "each"), [("both", 2), ("random", 1)])

@@ -65,6 +65,9 @@ class ModelConfig:
     rope_theta: float = setting(10000.0, "Base of the rotary frequencies.")
     rope_scaling: RopeScaling = setting(RopeScaling, "Stretching of the rotary frequencies.")
     tie_embeddings: bool = setting(False, "The unembedding is the embedding.")
+    has_unembedding: bool = setting(
+        True, "There are logits over the vocabulary; a sequence classifier has a reward head alone."
+    )
     qkv_bias: bool = setting(False, "Biases on the query, key and value projections.")
     output_bias: bool = setting(False, "Bias on the attention's output projection.")
     mlp_bias: bool = setting(False, "Biases in the feed-forward layer.")
@@ -87,7 +90,8 @@ class ModelConfig:
         mlp = 3 * d * self.intermediate_size
         if self.mlp_bias:
             mlp += 2 * self.intermediate_size + d
-        embeddings = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        both = self.has_unembedding and not self.tie_embeddings
+        embeddings = self.vocab_size * d * (2 if both else 1)
         return self.num_layers * (attention + mlp + 2 * d) + d + embeddings
 
     def flops_per_token(self, context: int, *, targets_per_token: float = 1.0) -> float:

@@ -3,9 +3,17 @@
   python -m gram_jax.export --checkpoint=CHECKPOINT --output=HF_DIR
 
 CHECKPOINT is a workdir of pretrain or finetune, one of its checkpoints/STEP folders, or a Hugging
-Face folder. The weights are written in the dtype they came in (float32 for models that began here).
-Beside what transformers reads stand README.md (the model card) and gram_config.json: what the
-reward is, and how to compute it.
+Face folder. What is written depends on what a reward is:
+
+  likelihood, judge   a causal language model (LlamaForCausalLM, ...)
+  head                a sequence classifier (LlamaForSequenceClassification, ...), one label
+
+With --classifier a judge becomes a sequence classifier too, whose number is the log-odds of the two
+labels: for servers of classifiers. What it reads are judge prompts all the same.
+
+The weights are written in the dtype they came in (float32 for models that began here). Beside what
+transformers reads stand README.md (the model card) and gram_config.json: what the reward is, and
+how to compute it (docs/export.md).
 """
 
 from __future__ import annotations
@@ -18,10 +26,11 @@ from gram_jax.model_card import export_checkpoint
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to export.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
+_CLASSIFIER = flags.DEFINE_bool("classifier", False, "A judge becomes a sequence classifier.")
 
 
 def main(_: list[str]) -> None:
-    folder = export_checkpoint(_CHECKPOINT.value, _OUTPUT.value)
+    folder = export_checkpoint(_CHECKPOINT.value, _OUTPUT.value, classifier=_CLASSIFIER.value)
     if is_main():
         print(f"written to {folder}")
 

@@ -180,17 +180,15 @@ BREAKING = {
     (TrainConfig, 0): {"train__length": 0.0},
     (TrainConfig, 1): {"train__accumulate": 3},
     (TrainConfig, 2): {"train__log_every": 0},
+    (TrainConfig, 3): {"train__lora_alpha": 0.0},
+    (TrainConfig, 4): {"train__lora_targets": ("q", "q_proj")},
+    (TrainConfig, 5): {"train__lora_rank": 4, "train__last_blocks": 1},
     (CheckpointConfig, 0): {"checkpoint__every": 0},
     (CheckpointConfig, 1): {"checkpoint__keep_every": -1},
     (Config, 0): {"train__last_blocks": 9},
     (Config, 1): {"data__format": "preferences"},
     (Config, 2): {"train__head_only": True},
-    (Config, 3): {
-        "objective__name": "bradley_terry",
-        "train__head_only": True,
-        "train__last_blocks": 1,
-    },
-    (Config, 4): {"data__reference_field": "logprob"},
+    (Config, 3): {"data__reference_field": "logprob"},
 }
 
 
@@ -218,6 +216,11 @@ def test_each_rule_is_checked_and_says_what_it_wants(rule, changes):
         {"train__batch_rows": 0},
         {"train__accumulate": 0},
         {"train__last_blocks": -1},
+        {"train__lora_rank": -1},
+        {"train__lora_targets": ()},
+        {"train__lora_targets": ("q", "q")},
+        {"train__lora_rank": 4, "train__head_only": True},
+        {"train__last_blocks": 1, "train__head_only": True},
         {"objective__name": "smoothed_ce", "data__format": "responses"},
     ],
     ids=str,

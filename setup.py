@@ -43,10 +43,11 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # PyTorch and transformers are the peer that tests compare with; never used by the package.
+        # PyTorch, transformers and peft are what tests compare with; never used by the package.
         "test": [
             "hypothesis",
             "mypy",
+            "peft",
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -41,7 +41,7 @@ from gram_jax.config import ComputeConfig, Config, from_dict, to_dict
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
-from gram_jax.models.adapters import adapters_of, attach
+from gram_jax.models.adapters import adapters_of, attach, merged
 from gram_jax.models.decoder import Decoder, abstract_decoder
 from gram_jax.reporting import warn
 from gram_jax.training import TrainState, merge_model, split_model
@@ -268,7 +268,12 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, compute: ComputeConfig, mesh: Mesh | None = None, dtype: str | None = None
+    path: str | Path,
+    compute: ComputeConfig,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    *,
+    merge: bool = True,
 ) -> LoadedModel:
     """Loads a CHECKPOINT: a workdir, a step folder, or a Hugging Face folder.
 
@@ -279,6 +284,7 @@ def load_model(
       compute: how the model computes.
       mesh: where the weights go; None = the first device.
       dtype: what the weights are cast to; None = as stored (a Hugging Face folder's: float32).
+      merge: whether LoRA's matrices go into the weights that they were trained beside.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be used (Damaged: as it is damaged).
@@ -292,6 +298,8 @@ def load_model(
         )
     else:
         loaded = first_whole(candidates(path), lambda folder: _load_step(folder, compute, mesh))
+        if merge:
+            loaded.model = merged(loaded.model)
     if dtype is not None:
         loaded.model = jax.tree.map(lambda x: x.astype(dtype), loaded.model)
     return loaded

@@ -36,12 +36,14 @@ from gram_jax.training import (
     COUNTS,
     TrainState,
     divide,
+    flops_per_token,
     init_state,
     make_eval_step,
     make_optimizer,
     make_train_step,
     peak_flops,
     split_model,
+    trainable_names,
 )
 from gram_jax.versions import versions
 
@@ -129,9 +131,11 @@ class _Stage:
         self.last_validation: dict[str, float] = {}
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
-        self.flops_per_token = 3 * c.model.flops_per_token(
+        self.flops_per_token = flops_per_token(
+            c.model,
+            c.train,
             round(self.data.train.context()),
-            targets_per_token=self.data.train.targets_per_token(c.data.weights),
+            self.data.train.targets_per_token(c.data.weights),
         )
 
     def _readout(self) -> Readout | None:
@@ -200,6 +204,10 @@ class _Stage:
             f"model {self.config.model.family}, {self.config.model.num_parameters():,} parameters,"
             f" mesh {dict(self.mesh.shape)}"
         )
+        if jax.tree.leaves(self.state.frozen):
+            trained = self.state.trainable
+            count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+            write(f"trained: {count:,} parameters ({', '.join(trainable_names(trained))})")
         for line in self.data.text():
             write(line)
         if self.start:

@@ -37,8 +37,8 @@ _ACTIVATION_AXES = {"B": ROWS, "V": "tensor", "H": "tensor", "K": "tensor", "F":
 def weight_spec(dims: str) -> P:
     """The sharding of a weight whose dimensions have these letters, e.g. ``LDHE``.
 
-    L layers, D model, H heads, K key-value heads, E head width, F feed-forward, V vocabulary;
-    lower-case ``d`` is the model width of a vector, which is not split.
+    L layers, D model, H heads, K key-value heads, E head width, F feed-forward, V vocabulary,
+    R rank of LoRA's matrices; lower-case ``d`` is the model width of a vector, which is not split.
     """
     return P(*(_WEIGHT_AXES.get(dim) for dim in dims))
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gram_jax.config import ObjectiveConfig, OptimizerConfig, TrainConfig
+from gram_jax.config import ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from gram_jax.errors import UserError
-from gram_jax.models.decoder import Decoder, is_matrix, weight_dims, weight_name
+from gram_jax.models.decoder import Decoder, is_lora, is_matrix, weight_dims, weight_name
 from gram_jax.objectives import Metrics, objective
 from gram_jax.readouts import Readout
 from gram_jax.rows import Batch
@@ -34,12 +34,14 @@ class TrainState:
 
     step: Any  # int32 scalar: optimiser steps done
     trainable: Any  # nnx.State
-    frozen: Any  # nnx.State; empty unless only the last blocks are trained
+    frozen: Any  # nnx.State; empty where all weights are trained
     opt_state: Any
 
 
 def split_model(model: Decoder, train: TrainConfig) -> tuple[Any, Any, Any]:
-    """(structure, trainable, frozen), as ``last_blocks`` or ``head_only`` say; else all is trained.
+    """(structure, trainable, frozen), as ``last_blocks``, ``head_only`` or ``lora_rank`` say.
+
+    By default all is trained. LoRA's matrices are those that the model was given by ``attach``.
 
     Raises:
       UserError: the model has no ``last_blocks`` blocks to train.
@@ -47,8 +49,12 @@ def split_model(model: Decoder, train: TrainConfig) -> tuple[Any, Any, Any]:
     depth, last_blocks = model.config.num_layers, train.last_blocks
     if last_blocks > depth:
         raise UserError(f"train.last_blocks={last_blocks}, but the model has {depth} blocks")
-    if train.head_only:
-        return cast(tuple[Any, Any, Any], nnx.split(model, lambda path, _: path[0] == "head", ...))
+    if train.head_only or train.lora_rank:
+
+        def is_added(path: tuple[Any, ...], _: Any) -> bool:
+            return path[0] == "head" or is_lora(str(path[-1]))
+
+        return cast(tuple[Any, Any, Any], nnx.split(model, is_added, ...))
     if last_blocks == 0:
         graph, trainable = nnx.split(model)
         return graph, trainable, nnx.State({})
@@ -167,6 +173,29 @@ def _sum_over_parts(function: Callable[[Batch], Any], batch: Batch) -> Any:
         return jax.tree.map(jnp.add, total, function(part)), None
 
     return jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], batch))[0]
+
+
+def flops_per_token(
+    model: ModelConfig, train: TrainConfig, context: int, targets_per_token: float
+) -> float:
+    """FLOPs of a training step per token; see ``ModelConfig.flops_per_token``.
+
+    A product's backward pass is two more of its size: one for the gradient of its input, one for
+    that of its weight. Frozen weights save the latter, and below the first trained block there is
+    no backward pass. LoRA's own products, and what is computed twice (remat), are not counted.
+    """
+    forward = model.flops_per_token(context, targets_per_token=targets_per_token)
+    if train.head_only:
+        return forward
+    blocks = model.flops_per_token(context, targets_per_token=0)
+    unembedding = forward - blocks
+    if train.lora_rank:
+        weights = model.flops_per_token(0, targets_per_token=0)
+        return forward + weights + 2 * (blocks - weights) + unembedding
+    if k := train.last_blocks:
+        last = dataclasses.replace(model, num_layers=k, windows=model.windows[-k:])
+        return forward + 2 * last.flops_per_token(context, targets_per_token=0) + unembedding
+    return 3 * forward
 
 
 def trainable_names(trainable: Any) -> list[str]:

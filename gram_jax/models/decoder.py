@@ -6,7 +6,7 @@ whose first blocks are frozen holds two stacks (see :meth:`Decoder.split_stacks`
 a stacked array cannot be frozen.
 
 Letters: B rows, T tokens, D model, H heads, K key-value heads, E head width, F feed-forward,
-V vocabulary, L layers.
+V vocabulary, L layers, R rank of LoRA's matrices.
 """
 
 from __future__ import annotations
@@ -51,8 +51,23 @@ BLOCK_DIMS = {
     "gate_bias": "F",
     "up_bias": "F",
     "down_bias": "d",
+    "q_lora_a": "DR",
+    "q_lora_b": "RHE",
+    "k_lora_a": "DR",
+    "k_lora_b": "RKE",
+    "v_lora_a": "DR",
+    "v_lora_b": "RKE",
+    "o_lora_a": "HER",
+    "o_lora_b": "RD",
+    "gate_lora_a": "DR",
+    "gate_lora_b": "RF",
+    "up_lora_a": "DR",
+    "up_lora_b": "RF",
+    "down_lora_a": "FR",
+    "down_lora_b": "RD",
 }
-"""Dimensions of each weight of one block: its shape, its sharding and its kind at once."""
+"""Dimensions of each weight of one block: its shape, its sharding and its kind at once. Those of
+LoRA are added beside the others (gram_jax/models/adapters.py)."""
 
 MODEL_DIMS = {"embedding": "VD", "norm": "d", "unembedding": "VD", "head": "d"}
 """Dimensions of the weights outside the blocks; ``head`` turns a hidden state into a reward."""
@@ -66,11 +81,16 @@ def block_weights(config: ModelConfig) -> list[str]:
         **dict.fromkeys(("gate_bias", "up_bias", "down_bias"), not config.mlp_bias),
         "o_bias": not config.output_bias,
     }
-    return [name for name in BLOCK_DIMS if not absent.get(name)]
+    return [name for name in BLOCK_DIMS if not absent.get(name) and not is_lora(name)]
 
 
-def shape_of(dims: str, config: ModelConfig) -> tuple[int, ...]:
-    """The shape of a weight with these dimensions."""
+def is_lora(name: str) -> bool:
+    """Whether a weight of this name is one of LoRA's two matrices beside a projection."""
+    return name.endswith(("_lora_a", "_lora_b"))
+
+
+def shape_of(dims: str, config: ModelConfig, rank: int = 0) -> tuple[int, ...]:
+    """The shape of a weight with these dimensions; ``rank`` is that of LoRA's matrices."""
     sizes = {
         "D": config.hidden_size,
         "d": config.hidden_size,
@@ -80,13 +100,14 @@ def shape_of(dims: str, config: ModelConfig) -> tuple[int, ...]:
         "F": config.intermediate_size,
         "V": config.vocab_size,
         "L": config.num_layers,
+        "R": rank,
     }
     return tuple(sizes[dim] for dim in dims)
 
 
 def is_matrix(dims: str) -> bool:
     """Whether weight decay applies: projections and embeddings, not norms and biases."""
-    return "D" in dims
+    return "D" in dims or "R" in dims
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -98,6 +119,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 class Block(nnx.Module):
     """One layer: attention and a gated feed-forward, each after a norm and added to its input."""
+
+    lora_scale = 1.0  # alpha / rank, where there are LoRA's weights
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.config = config
@@ -113,27 +136,37 @@ class Block(nnx.Module):
         def use(name: str) -> jax.Array:
             return gathered(getattr(self, name)[...], BLOCK_DIMS[name]).astype(dtype)
 
+        def product(x: jax.Array, name: str, dims: str) -> jax.Array:
+            return jnp.einsum(dims, x, use(name), out_sharding=out_spec(dims.partition("->")[2]))
+
+        def project(x: jax.Array, name: str, inputs: str, outputs: str) -> jax.Array:
+            """x W; with LoRA, x W + (alpha / r) (x A) B, so that W + A B never exists."""
+            y = product(x, name, f"{inputs},{BLOCK_DIMS[name]}->{outputs}")
+            a, b = f"{name}_lora_a", f"{name}_lora_b"
+            if not hasattr(self, a):
+                return y
+            low = product(x, a, f"{inputs},{BLOCK_DIMS[a]}->BTR")
+            return y + self.lora_scale * product(low, b, f"BTR,{BLOCK_DIMS[b]}->{outputs}")
+
         h = rms_norm(x_btd, use("attention_norm"), c.norm_eps)
-        q = jnp.einsum("btd,dhe->bthe", h, use("q"))
-        k = jnp.einsum("btd,dke->btke", h, use("k"))
-        v = jnp.einsum("btd,dke->btke", h, use("v"))
+        q = project(h, "q", "BTD", "BTHE")
+        k = project(h, "k", "BTD", "BTKE")
+        v = project(h, "v", "BTD", "BTKE")
         if c.qkv_bias:
             q, k, v = q + use("q_bias"), k + use("k_bias"), v + use("v_bias")
         if c.qk_norm:
             q = rms_norm(q, use("q_norm"), c.norm_eps)
             k = rms_norm(k, use("k_norm"), c.norm_eps)
         mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, bias_bts)
-        out = jnp.einsum("bthe,hed->btd", mixed, use("o"), out_sharding=out_spec("BTD"))
+        out = project(mixed, "o", "BTHE", "BTD")
         x_btd = x_btd + (out + use("o_bias") if c.output_bias else out)
 
         h = rms_norm(x_btd, use("mlp_norm"), c.norm_eps)
-        gate = jnp.einsum("btd,df->btf", h, use("gate"))
-        up = jnp.einsum("btd,df->btf", h, use("up"))
+        gate = project(h, "gate", "BTD", "BTF")
+        up = project(h, "up", "BTD", "BTF")
         if c.mlp_bias:
             gate, up = gate + use("gate_bias"), up + use("up_bias")
-        down = jnp.einsum(
-            "btf,fd->btd", jax.nn.silu(gate) * up, use("down"), out_sharding=out_spec("BTD")
-        )
+        down = project(jax.nn.silu(gate) * up, "down", "BTF", "BTD")
         return x_btd + (down + use("down_bias") if c.mlp_bias else down)
 
 

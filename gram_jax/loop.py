@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
-from gram_jax.config import FIXED, READINGS, Config, differences, validate
+from gram_jax.config import FIXED, READINGS, Config
+from gram_jax.config_rules import differences, validate
 from gram_jax.data.judge import label_ids
 from gram_jax.data.loader import device_batch
 from gram_jax.data.stage import data_folder, num_steps, stage_data

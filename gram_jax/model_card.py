@@ -7,7 +7,8 @@ from typing import Any
 
 from gram_jax import __version__, hf, hf_export
 from gram_jax.checkpoints import LoadedModel, load_model
-from gram_jax.config import ComputeConfig, MeshConfig, to_dict
+from gram_jax.config import ComputeConfig, MeshConfig
+from gram_jax.config_rules import to_dict
 from gram_jax.data.judge import JudgeTemplate, label_ids
 from gram_jax.distributed import process_count
 from gram_jax.errors import UserError

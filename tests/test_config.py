@@ -7,7 +7,6 @@ import re
 import pytest
 
 from gram_jax.config import (
-    _RULES,
     FIXED,
     FREE,
     CheckpointConfig,
@@ -20,12 +19,8 @@ from gram_jax.config import (
     OptimizerConfig,
     RopeScaling,
     TrainConfig,
-    check_overrides,
-    differences,
-    from_dict,
-    to_dict,
-    validate,
 )
+from gram_jax.config_rules import _RULES, check_overrides, differences, from_dict, to_dict, validate
 from gram_jax.errors import UserError
 
 CLASSES = (

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gram_jax.config import ModelConfig, RopeScaling, validate
+from gram_jax.config import ModelConfig, RopeScaling
+from gram_jax.config_rules import validate
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import BLOCK_DIMS, MODEL_DIMS, block_weights, shape_of
 

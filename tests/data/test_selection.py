@@ -7,7 +7,8 @@ import numpy as np
 import peer_models
 import pytest
 
-from gram_jax.config import Config, DataConfig, ObjectiveConfig, validate
+from gram_jax.config import Config, DataConfig, ObjectiveConfig
+from gram_jax.config_rules import validate
 from gram_jax.data import prepare
 from gram_jax.data.examples import Layout
 from gram_jax.data.judge import JudgeTemplate

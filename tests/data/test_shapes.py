@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gram_jax.config import DataConfig, validate
+from gram_jax.config import DataConfig
+from gram_jax.config_rules import validate
 from gram_jax.data.shapes import FORMATS, LABELLED, UNLABELLED, detect_format, kind_of, parse_row
 from gram_jax.data.sources import PreferenceRow, ResponsesRow, UnpairedRow
 from gram_jax.errors import DataError

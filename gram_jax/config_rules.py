@@ -1,6 +1,6 @@
-"""What a config must satisfy: types, choices and rules, each broken one named; plain values and back.
+"""What a config must satisfy: types, choices and rules, each broken one named; and plain values.
 
-:func:`validate` is called once, after the command line's overrides; nothing is mutated after that.
+`validate` is called once, after the overrides of the command line; nothing is mutated after that.
 """
 
 import dataclasses

@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,7 +30,7 @@ from gram_jax.loop import run_stage
 from gram_jax.model_card import export_checkpoint
 from gram_jax.reporting import read_metrics
 from gram_jax.reward_model import stored_settings
-from gram_jax.scorer import Question, Scorer
+from gram_jax.scorer import Question, Scorer, judge_probability
 from gram_jax.scoring_job import ScoringJob, run_job
 
 V = 280
@@ -225,6 +227,24 @@ def test_a_trained_judge_goes_out_and_judges_the_same(data, judge, tmp_path, cla
     again, _ = accuracy(data, folder, tmp_path / "again")
     odds, odds_again = (np.array([row["log_odds"] for row in some]) for some in (rows, again))
     np.testing.assert_allclose(odds_again, odds, rtol=1e-5, atol=1e-5)
+
+
+def test_the_code_of_the_documentation_gives_our_numbers(head, judge, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    for_head, for_judge = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    question = Question("What is 2 + 2?", ["4.", "It is five."], [(0, 1)])
+    names = {"folder": export_checkpoint(head, tmp_path / "head")}
+    exec(for_head, names)
+    settings = dataclasses.replace(stored_settings(head), row_length=128)
+    (ours,) = Scorer(load_model(head, tiny.COMPUTE), settings).score([question])
+    np.testing.assert_allclose(names["rewards"].detach(), ours.rewards, rtol=1e-5, atol=1e-5)
+    names = {"folder": export_checkpoint(judge, tmp_path / "judge", classifier=True)}
+    exec(for_head.split("texts =")[0] + for_judge, names)
+    settings = dataclasses.replace(stored_settings(judge), row_length=128)
+    (ours,) = Scorer(load_model(judge, tiny.COMPUTE), settings).score([question])
+    assert names["s_ab"].item() == pytest.approx(ours.forward[0], rel=1e-5, abs=1e-5)
+    p = judge_probability(ours.forward, ours.backward)[0]
+    assert names["p"].item() == pytest.approx(p, abs=1e-5)
 
 
 def test_a_judge_compares_any_responses(data, judge):

@@ -94,8 +94,9 @@ the log-prob of the response's tokens given the prompt, end-of-sequence token in
 reads a question and two responses, and the next token, one of the two labels in `gram_config.json`,
 says which response is better. Both orders are read, and their probabilities averaged.""",
     "head": """Its reward for a response is
-the number of a linear head on the last token of prompt and response, the end token included.
-Higher is better; compare responses to the same prompt.""",
+the number of a linear head on the last token of prompt and response (`add_eos` in
+`gram_config.json`: whether that is the end token). Higher is better; compare responses to the same
+prompt.""",
 }
 _IN_TRANSFORMERS = {
     "likelihood": """`AutoModelForCausalLM` and `AutoTokenizer` of transformers load this folder
@@ -104,8 +105,8 @@ response's log-probs.""",
     "judge": """`AutoModelForCausalLM` of transformers loads this folder too: fill `judge.template`
 of `gram_config.json`, render it with the chat template (if there is one), and compare the logits of
 the two ids in `judge.labels` after the last token.""",
-    "head": """`AutoModelForSequenceClassification` of transformers loads this folder too; the logit
-of a sequence that ends in the end token is the reward. Pad with `pad_token_id`.""",
+    "head": """`AutoModelForSequenceClassification` of transformers loads this folder too; its logit
+for a sequence is the reward. Pad on the right, with the tokenizer's padding token.""",
 }
 _JUDGE_AS_CLASSIFIER = """`AutoModelForSequenceClassification` of transformers loads this folder
 too. Its logit is z_A - z_B, the log-odds that the response shown first is better, *of judge

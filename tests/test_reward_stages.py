@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,9 +27,10 @@ from gram_jax.data.stage import stage_data
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
 from gram_jax.loop import run_stage
+from gram_jax.model_card import export_checkpoint
 from gram_jax.reporting import read_metrics
 from gram_jax.reward_model import stored_settings
-from gram_jax.scorer import Question, Scorer
+from gram_jax.scorer import Question, Scorer, judge_probability
 from gram_jax.scoring_job import ScoringJob, run_job
 
 V = 280
@@ -184,6 +187,64 @@ def test_only_the_head_is_trained_on_a_frozen_trunk_and_it_resumes(data, pretrai
     run_stage(asked, tmp_path / "resumed", quiet=True)
     resumed = load_model(tmp_path / "resumed", tiny.COMPUTE).model
     jax.tree.map(np.testing.assert_array_equal, resumed, found)
+
+
+def test_a_trained_head_goes_out_as_a_classifier_and_comes_back(data, head, tmp_path):
+    folder = export_checkpoint(head, tmp_path / "out")
+    described = json.loads((folder / "gram_config.json").read_text())
+    assert described["reward"] == "head" and described["objective"]["name"] == "bradley_terry"
+    assert "discriminative" in (folder / "README.md").read_text()
+    (tmp_path / "again").mkdir()
+    rows, _ = accuracy(data, head, tmp_path)
+    again, right = accuracy(data, folder, tmp_path / "again")
+    assert right == 1
+    rewards, rewards_again = (np.array([row["reward"] for row in some]) for some in (rows, again))
+    np.testing.assert_allclose(rewards_again, rewards, rtol=1e-5, atol=1e-5)
+    # A head goes on from it; nothing that needs log-probs does.
+    asked = config(data, "train", "bradley_terry", "preferences", folder, steps=1)
+    asked.optimizer.learning_rate = 1e-9
+    run_stage(asked, tmp_path / "more", quiet=True)
+    found = load_model(tmp_path / "more", tiny.COMPUTE).model
+    assert not found.config.has_unembedding
+    np.testing.assert_allclose(
+        found.head[...], load_model(head, tiny.COMPUTE).model.head[...], atol=1e-6
+    )
+    for name, options in (("judge", {}), ("bradley_terry", {"chosen_ce": 0.1})):
+        refused = config(data, "train", name, "preferences", folder, **options)
+        with pytest.raises(UserError, match="this model is a sequence classifier"):
+            run_stage(refused, tmp_path / f"no_{name}", quiet=True)
+
+
+@pytest.mark.parametrize("classifier", [False, True], ids=["language model", "classifier"])
+def test_a_trained_judge_goes_out_and_judges_the_same(data, judge, tmp_path, classifier):
+    folder = export_checkpoint(judge, tmp_path / "out", classifier=classifier)
+    info = read_run_info(find_step_folder(judge)).judge
+    described = json.loads((folder / "gram_config.json").read_text())["judge"]
+    assert described["template"] == info["template"] and described["labels"] == info["labels"]
+    assert described["trained_on_orders"] == "both"
+    (tmp_path / "again").mkdir()
+    rows, _ = accuracy(data, judge, tmp_path)
+    again, _ = accuracy(data, folder, tmp_path / "again")
+    odds, odds_again = (np.array([row["log_odds"] for row in some]) for some in (rows, again))
+    np.testing.assert_allclose(odds_again, odds, rtol=1e-5, atol=1e-5)
+
+
+def test_the_code_of_the_documentation_gives_our_numbers(head, judge, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "export.md").read_text(encoding="utf-8")
+    for_head, for_judge = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    question = Question("What is 2 + 2?", ["4.", "It is five."], [(0, 1)])
+    names = {"folder": export_checkpoint(head, tmp_path / "head")}
+    exec(for_head, names)
+    settings = dataclasses.replace(stored_settings(head), row_length=128)
+    (ours,) = Scorer(load_model(head, tiny.COMPUTE), settings).score([question])
+    np.testing.assert_allclose(names["rewards"].detach(), ours.rewards, rtol=1e-5, atol=1e-5)
+    names = {"folder": export_checkpoint(judge, tmp_path / "judge", classifier=True)}
+    exec(for_head.split("texts =")[0] + for_judge, names)
+    settings = dataclasses.replace(stored_settings(judge), row_length=128)
+    (ours,) = Scorer(load_model(judge, tiny.COMPUTE), settings).score([question])
+    assert names["s_ab"].item() == pytest.approx(ours.forward[0], rel=1e-5, abs=1e-5)
+    p = judge_probability(ours.forward, ours.backward)[0]
+    assert names["p"].item() == pytest.approx(p, abs=1e-5)
 
 
 def test_a_judge_compares_any_responses(data, judge):

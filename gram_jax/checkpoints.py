@@ -37,7 +37,8 @@ from gram_jax.checksums import (
     named_leaves,
     verify_files,
 )
-from gram_jax.config import ComputeConfig, Config, from_dict, to_dict
+from gram_jax.config import ComputeConfig, Config
+from gram_jax.config_rules import from_dict, to_dict
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError

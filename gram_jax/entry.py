@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gram_jax import distributed
-from gram_jax.config import check_overrides
+from gram_jax.config_rules import check_overrides
 from gram_jax.errors import UserError
 from gram_jax.loop import StageResult
 from gram_jax.reporting import duration

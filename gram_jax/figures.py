@@ -21,12 +21,14 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-from gram_jax.evaluation import Floats, Reliability
+from gram_jax.evaluation import Accuracy, Floats, Reliability
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
 INK, SOFT, GRID = "#24292f", "#59636e", "#d8dde3"
 WIDTH = 7.0
+MOST_POINTS = 3000
+_INTERVAL = ("value", "low", "high")
 
 Series = Mapping[str, tuple[ArrayLike, ArrayLike]]
 
@@ -120,6 +122,43 @@ def accuracy_bars(
     return figure
 
 
+def accuracy_rows(
+    names: Sequence[str],
+    accuracies: Sequence[Accuracy],
+    baseline: Mapping[str, float] | None = None,
+) -> Figure:
+    """Accuracies with intervals, one bar below the other, for many names or long ones.
+
+    Args:
+      names: down the side, the first on top.
+      accuracies: one each.
+      baseline: accuracy of "the longer response wins" by name, drawn as a stroke across the bar.
+    """
+    figure, axes = _figure(height=0.9 + 0.3 * len(names))
+    y = np.arange(len(names), dtype=float)
+    value, low, high = (np.array([getattr(a, f) for a in accuracies]) for f in _INTERVAL)
+    axes.barh(y, value, 0.68, color=COLOURS[0], zorder=2, label="accuracy")
+    whiskers = np.maximum([value - low, high - value], 0.0)
+    axes.errorbar(
+        value, y, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5, zorder=6
+    )
+    marked = [place for place, name in enumerate(names) if name in (baseline or {})]
+    if baseline and marked:
+        level = [baseline[names[place]] for place in marked]
+        ends = y[marked] - 0.4, y[marked] + 0.4
+        axes.vlines(level, *ends, color="white", linewidth=4.0, zorder=4)
+        axes.vlines(level, *ends, color=COLOURS[5], linewidth=2.0, zorder=5, label="longer wins")
+    axes.axvline(0.5, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1, label="chance")
+    axes.set_yticks(y, list(names))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0.0, 1.0)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("accuracy")
+    _legend_above(axes)
+    return figure
+
+
 def reliability_diagram(reliability: Reliability, title: str = "") -> Figure:
     """Accuracy by bin of confidence, the diagonal of perfect calibration, and pairs by bin."""
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
@@ -168,6 +207,57 @@ def reliability_diagram(reliability: Reliability, title: str = "") -> Figure:
     ece = f"ECE {100 * reliability.ece:.1f} points, {int(reliability.count.sum())} pairs"
     axes.set_title(f"{title}: {ece}" if title else ece, loc="left", pad=26, fontsize=9.5, color=INK)
     _legend_above(axes)
+    return figure
+
+
+def margin_histogram(margin: ArrayLike) -> Figure:
+    """How many pairs have which margin, [n]; those at or below zero in another colour.
+
+    Margins beyond the middle 99 % are counted in the outermost bins.
+    """
+    m = np.asarray(margin, dtype=float)
+    figure, axes = _figure(height=3.0)
+    reach = max(float(np.quantile(np.abs(m), 0.99)), 1e-12)
+    # An even number of bins, so that zero is an edge.
+    edges = np.linspace(-reach, reach, 41)
+    count, _ = np.histogram(np.clip(m[m != 0], -reach, reach), edges)
+    x, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+    right = x > 0
+    axes.bar(x[~right], count[~right], width * 0.92, color=COLOURS[1], zorder=2, label="wrong")
+    axes.bar(x[right], count[right], width * 0.92, color=COLOURS[0], zorder=2, label="right")
+    axes.axvline(0.0, color=INK, linewidth=1.1, zorder=3)
+    axes.axvline(
+        float(m.mean()), color=SOFT, linestyle=(0, (4, 3)), linewidth=1.3, zorder=3, label="mean"
+    )
+    axes.set_xlabel("margin")
+    axes.set_ylabel("pairs")
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _legend_above(axes)
+    return figure
+
+
+def margin_over_length(margin: ArrayLike, length_difference: ArrayLike) -> Figure:
+    """Margin [n] against how many tokens longer the better response is, [n], with a fitted line.
+
+    At most `MOST_POINTS` pairs are drawn, evenly spaced in their order; the line is fitted to all.
+    """
+    m, d = np.asarray(margin, dtype=float), np.asarray(length_difference, dtype=float)
+    figure, axes = _figure(height=3.4)
+    some = np.unique(np.linspace(0, m.size - 1, min(m.size, MOST_POINTS)).astype(int))
+    axes.plot(
+        d[some], m[some], "o", markersize=3.2, color=COLOURS[0], alpha=0.35, markeredgewidth=0
+    )
+    axes.axhline(0.0, color=INK, linewidth=1.0, zorder=1)
+    axes.axvline(0.0, color=INK, linewidth=1.0, zorder=1)
+    if np.ptp(d) > 0:
+        slope, level = np.polyfit(d, m, 1)
+        ends = np.array([d.min(), d.max()])
+        axes.plot(
+            ends, level + slope * ends, color=COLOURS[5], linewidth=1.8, label="least squares"
+        )
+        _legend_above(axes)
+    axes.set_xlabel("tokens of the better response less those of the worse one")
+    axes.set_ylabel("margin")
     return figure
 
 

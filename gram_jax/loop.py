@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
-from gram_jax.config import FIXED, Config, differences, validate
+from gram_jax.config import FIXED, READINGS, Config
+from gram_jax.config_rules import differences, validate
 from gram_jax.data.judge import label_ids
 from gram_jax.data.loader import device_batch
 from gram_jax.data.stage import data_folder, num_steps, stage_data
@@ -332,6 +333,8 @@ def _start(
         _check_vocabulary(tokenizer, config)
         return init_decoder(config.model, config.compute, config.seed, mesh), config, None
     loaded = load_model(config.init_from, config.compute, mesh)
+    if READINGS[config.objective.name] != "head" or config.objective.chosen_ce:
+        loaded.model.unembedding_vd()  # a classifier says that it has none
     config = dataclasses.replace(config, model=loaded.model.config)
     _check_vocabulary(tokenizer, config)
     return loaded.model, config, loaded.hf_info

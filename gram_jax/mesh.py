@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gram_jax.config import MeshConfig, ModelConfig, unknown_field
+from gram_jax.config import MeshConfig, ModelConfig
+from gram_jax.config_rules import unknown_field
 from gram_jax.distributed import barrier, process_count
 from gram_jax.errors import UserError
 

@@ -27,6 +27,7 @@ from gram_jax.model_card import gram_config
 from gram_jax.models.adapters import adapters_of
 from gram_jax.models.decoder import Decoder
 from gram_jax.models.families import tensor_name
+from gram_jax.reward_model import stored_settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft saves beside LoRA's matrices of a sequence classifier; ours has the second.
@@ -57,7 +58,8 @@ def export_adapter(checkpoint: str | Path, output: str | Path, base: str = "") -
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         tensors = adapter_tensors(loaded.model)
     if is_main():
-        _write(folder, loaded, loaded.config, tensors, base)
+        described = gram_config(loaded, stored_settings(checkpoint))
+        _write(folder, loaded, loaded.config, described, tensors, base)
     barrier("adapter exported")
     return Path(output)
 
@@ -131,7 +133,12 @@ def _check_unused(folder: Path) -> None:
 
 
 def _write(
-    folder: Path, loaded: LoadedModel, run: Config, tensors: dict[str, np.ndarray], base: str
+    folder: Path,
+    loaded: LoadedModel,
+    run: Config,
+    described: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    base: str,
 ) -> None:
     # Written beside and renamed at the end: a folder of this name is always a whole one.
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -139,7 +146,7 @@ def _write(
     partial.mkdir(parents=True)
     objects = {
         CONFIG: adapter_config(run, base),
-        "gram_config.json": gram_config(loaded),
+        "gram_config.json": described,
     }
     try:
         for name, values in objects.items():

@@ -24,7 +24,8 @@ from pathlib import Path
 from absl import flags
 
 from gram_jax import entry
-from gram_jax.config import Config, validate
+from gram_jax.config import Config
+from gram_jax.config_rules import validate
 from gram_jax.data.stage import stage_data
 from gram_jax.loop import stage_tokenizer
 from gram_jax.reporting import duration

@@ -5,7 +5,7 @@
   head        a linear head on the hidden state of the response's last token
 
 The judge computes two columns of the unembedding at one position, the head one dot product; neither
-meets the vocabulary.
+meets the vocabulary. A judge that was exported as a classifier has a head for its two columns.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def read(model: Decoder, batch: Batch, readout: Readout, *, label_mass: bool = F
         scores = likelihood(tokens.logprob, batch.sequence_ids, readout.sequences)
         return Read(scores, tokens, None)
     hidden_bsd = jnp.take_along_axis(hidden_btd, batch.readout_index[..., None], axis=1)
-    if readout.reading == "head":
+    if readout.reading == "head" or not model.config.has_unembedding:
+        # The head of a judge that became a classifier is the difference of its labels' columns.
         score_bs = head_scores(hidden_bsd, model.head[...])
         return Read(_present(score_bs, batch), tokens, None)
     assert readout.labels is not None

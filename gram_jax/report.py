@@ -209,7 +209,7 @@ _STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 17px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
   sans-serif; }
-main { max-width: 760px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 840px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.6rem 0 .6rem; }
 p { margin: 0 0 1rem; overflow-wrap: break-word; }

@@ -30,8 +30,8 @@ def stored_settings(checkpoint: str | Path) -> RewardSettings:
     """How the reward of a CHECKPOINT is read, as it was trained or exported.
 
     A pretrained model, and a folder made by others that does not say it, have the reward
-    ``likelihood``, or
-    ``head`` if it is a sequence classifier.
+    ``likelihood``, or ``head`` if it is a sequence classifier. Of a classifier whose padding is its
+    end token the end token is no part of a response, as transformers takes it for padding.
 
     Raises:
       UserError: there is no checkpoint, or what it says cannot be used.
@@ -41,13 +41,15 @@ def stored_settings(checkpoint: str | Path) -> RewardSettings:
         run = first_whole(candidates(checkpoint), read_run_info, quiet=True)
         return _settings(run.config.objective, run.config.data.add_eos, run.judge)
     described = Path(checkpoint) / "gram_config.json"
+    by_default = "head" if hf.is_classifier(checkpoint) else "likelihood"
     if not described.is_file():
-        return RewardSettings(reading="head" if hf.is_classifier(checkpoint) else "likelihood")
+        add_eos = by_default == "likelihood" or not hf.pads_with_end(checkpoint)
+        return RewardSettings(reading=by_default, add_eos=add_eos)
     try:
         values = json.loads(described.read_text("utf-8"))
         judge = values.get("judge")
         return RewardSettings(
-            reading=values.get("reward", "likelihood"),
+            reading=values.get("reward", by_default),
             average=values.get("average", "sum"),
             beta=float(values.get("beta", 1.0)),
             add_eos=bool(values.get("add_eos", True)),
@@ -72,9 +74,9 @@ def _settings(
     )
 
 
-def define_flags() -> None:
+def define_flags(*, checkpoint_required: bool = True) -> None:
     """The flags of a command that reads rewards, with --checkpoint."""
-    flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
+    flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=checkpoint_required)
     flags.DEFINE_enum(
         "reward",
         None,
@@ -152,6 +154,7 @@ def flag_settings() -> RewardSettings:
     if _FLAGS.template is not None:
         template = JudgeTemplate.load(_FLAGS.template)
     reading = given("reward", stored.reading)
+    check_reading(_FLAGS.checkpoint, stored.reading, reading)
     return RewardSettings(
         reading=reading,
         average=given("average", stored.average),
@@ -163,6 +166,26 @@ def flag_settings() -> RewardSettings:
         add_eos=given("add_eos", stored.add_eos),
         template=template if reading == "judge" else None,
     )
+
+
+def check_reading(checkpoint: str | Path, stored: str, asked: str) -> None:
+    """A classifier has one number, which means what it was made to mean.
+
+    Raises:
+      UserError: the CHECKPOINT is a classifier, and ``asked`` is not the reward it has ``stored``.
+    """
+    if asked == stored:
+        return
+    if hf.is_hf_folder(checkpoint):
+        is_classifier = hf.is_classifier(checkpoint)
+    else:
+        run = first_whole(candidates(checkpoint), read_run_info, quiet=True)
+        is_classifier = not run.config.model.has_unembedding
+    if is_classifier:
+        raise UserError(
+            f"--reward={asked}: {checkpoint} is a sequence classifier, whose one number is the"
+            f" reward of a {stored}; leave --reward out"
+        )
 
 
 def flag_mesh() -> Mesh | None:

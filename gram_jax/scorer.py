@@ -200,6 +200,8 @@ class Scorer:
                 "this model has no reward head; --reward=head is for models of bradley_terry and"
                 " sequence classifiers"
             )
+        if s.reading == "likelihood":
+            loaded.model.unembedding_vd()  # a classifier says that it has none
         labels = None
         if s.reading == "judge":
             assert s.template is not None

@@ -1,16 +1,27 @@
 """Random tiny models of every family, made and saved by transformers: what ours must agree with."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from tokenizers import models, pre_tokenizers
 
 from gram_jax.data.tokenizer import Tokenizer
 
+PEERS = Path(sys.prefix) / "peers" / "transformers-4.57"
+INSTALL_457 = (
+    f"{sys.executable} -m pip install --no-deps --target {PEERS} transformers==4.57.6"
+    " huggingface-hub==0.36.0 tokenizers==0.22.1 requests==2.32.5 urllib3==2.5.0"
+    " charset-normalizer==3.4.4 certifi==2026.10.18"
+)
 VOCAB, LENGTH = 96, 48
 BASE = {
     "vocab_size": VOCAB,
@@ -82,10 +93,10 @@ def make(name, folder):
     return model, Path(folder)
 
 
-def build(family, changes, seed=0):
+def build(family, changes, seed=0, kind="CausalLM"):
     """A random model; norms and biases too, and weights large enough for attention to be sharp."""
     config = getattr(transformers, f"{family}Config")(**BASE | changes)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{family}For{kind}")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for key, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -104,6 +115,40 @@ def load(folder):
     """The folder's model as transformers reads it, in float32."""
     auto = transformers.AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def differences_457(saved, parent):
+    """The report of peer_457.py: the largest difference of each folder in ``parent``, by name."""
+    assert PEERS.is_dir(), f"transformers 4.57 is not installed beside the other:\n{INSTALL_457}"
+    script = Path(__file__).parent / "peer_457.py"
+    result = subprocess.run(
+        [sys.executable, script, saved, parent],
+        env=os.environ | {"PYTHONPATH": str(PEERS)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["version"].startswith("4.57.")
+    return report["differences"]
+
+
+def tensors(folder):
+    """Every tensor of a folder, over all its files."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            assert file.metadata() == {"format": "pt"}
+        found |= load_file(path)
+    return found
+
+
+def assert_same_tensors(one, other):
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert tensor.tobytes() == theirs[name].tobytes(), name
 
 
 def tokenizer(size=VOCAB):

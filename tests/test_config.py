@@ -7,7 +7,6 @@ import re
 import pytest
 
 from gram_jax.config import (
-    _RULES,
     FIXED,
     FREE,
     CheckpointConfig,
@@ -20,12 +19,8 @@ from gram_jax.config import (
     OptimizerConfig,
     RopeScaling,
     TrainConfig,
-    check_overrides,
-    differences,
-    from_dict,
-    to_dict,
-    validate,
 )
+from gram_jax.config_rules import _RULES, check_overrides, differences, from_dict, to_dict, validate
 from gram_jax.errors import UserError
 
 CLASSES = (
@@ -171,6 +166,9 @@ BREAKING = {
     (DataConfig, 3): {"data__weights": (1.0, 2.0)},
     (DataConfig, 4): {"data__workers": -1},
     (DataConfig, 5): {"data__max_prompt": 1024},
+    (DataConfig, 6): {"data__holdout": 1.0},
+    (DataConfig, 7): {"data__holdout": 0.1, "data__validation": ("a.jsonl",)},
+    (DataConfig, 8): {"data__max_pairs": -1},
     (ObjectiveConfig, 0): {"objective__label_smoothing": 0.5},
     (ObjectiveConfig, 1): {"objective__beta": 0.0},
     (ObjectiveConfig, 2): {"objective__centring": 0.1},
@@ -189,6 +187,7 @@ BREAKING = {
     (Config, 1): {"data__format": "preferences"},
     (Config, 2): {"train__head_only": True},
     (Config, 3): {"data__reference_field": "logprob"},
+    (Config, 4): {"data__max_pairs": 100},
 }
 
 
@@ -216,12 +215,15 @@ def test_each_rule_is_checked_and_says_what_it_wants(rule, changes):
         {"train__batch_rows": 0},
         {"train__accumulate": 0},
         {"train__last_blocks": -1},
+        {"data__holdout": -0.1},
         {"train__lora_rank": -1},
         {"train__lora_targets": ()},
         {"train__lora_targets": ("q", "q")},
         {"train__lora_rank": 4, "train__head_only": True},
         {"train__last_blocks": 1, "train__head_only": True},
         {"objective__name": "smoothed_ce", "data__format": "responses"},
+        {"objective__name": "judge", "data__format": "pairs"},
+        {"data__format": "unpaired"},
     ],
     ids=str,
 )
@@ -255,5 +257,5 @@ def test_how_a_run_is_computed_may_change_and_what_is_computed_may_not():
     for cls in (ModelConfig, ObjectiveConfig, OptimizerConfig):
         assert set(policies(cls).values()) == {FIXED}, cls
     # Sources may move: what a run must keep is the rows, which are compared by content.
-    free = ["train", "validation", "prepared", "workers"]
+    free = ["train", "validation", "exclude", "judge_template", "prepared", "workers"]
     assert [name for name, policy in policies(DataConfig).items() if policy == FREE] == free

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from gram_jax.config import Config, validate
+from gram_jax.config import Config
+from gram_jax.config_rules import validate
 from gram_jax.mesh import check_divides
 from gram_jax.models.families import model_config
 

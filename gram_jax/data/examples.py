@@ -11,6 +11,10 @@ Responses and preferences: rows of one prompt become one example, so that the pr
 once. A prompt that is too long keeps BOS and its end. Responses that do not fit beside it are cut
 at their ends (of a pair, the longer one first) and lose their EOS with it; or, with
 ``too_long="drop"``, the row is left out.
+
+Responses that were labelled one by one meet in the group of their prompt: each good one with each
+bad one is a pair, all pairs of a prompt weigh as much as one. Any two must fit a row, so each gets
+half of the room beside the prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from gram_jax.config import DataConfig
 from gram_jax.data.judge import JudgeTemplate
 from gram_jax.data.judge_examples import encode_judged, encode_response_pairs
 from gram_jax.data.prompts import ExampleError, encode_candidates
-from gram_jax.data.sources import PreferenceRow, ResponsesRow, Row, TextRow
+from gram_jax.data.sources import PreferenceRow, ResponsesRow, Row, TextRow, UnpairedRow
 from gram_jax.data.token_records import ExampleCounts, TokenRecord, record_key
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
@@ -101,6 +105,8 @@ def encode_rows(
         yield from _encode_texts(texts, config, tokenizer, counts, document)
         return
     for row in rows:
+        if isinstance(row, PreferenceRow):
+            counts.ties += sum(pair.target == 0.5 for pair in row.pairs)
         try:
             if isinstance(row, PreferenceRow) and layout.reading == "judge":
                 assert layout.template is not None
@@ -111,6 +117,8 @@ def encode_rows(
                 yield _encode_preference(row, config, layout, tokenizer, counts, file)
             elif isinstance(row, ResponsesRow):
                 yield _encode_responses(row, config, tokenizer, counts)
+            elif isinstance(row, UnpairedRow):
+                yield _encode_unpaired(row, config, layout, tokenizer, counts, file)
         except ExampleError as error:
             yield DataError(error.reason, file=file, line=row.line, field=error.field)
         except DataError as error:
@@ -131,12 +139,16 @@ def group_records(
     grouped: dict[bytes, _Group] = {}
     for record in records:
         group = grouped.setdefault(record.prompt.tobytes(), _Group(record.prompt))
-        if record.pairs:
+        if format == "unpaired":
+            group.add_labelled(record, counts)
+        elif record.pairs:
             group.add_pairs(record, counts)
         else:
             # Each occurrence is kept: one that the data has twice counts twice in the loss.
             group.responses += record.responses
     for key, group in enumerate(grouped.values()):
+        if format == "unpaired" and not group.pair_up(counts):
+            continue
         counts.examples += 1
         yield group.example(key)
 
@@ -211,6 +223,52 @@ def _encode_preference(
         a, b = pair.members()
         kept[a], kept[b] = _fit_pair(kept[a], kept[b], room)
     before, after = (whole, *encoded), (prompt, *kept)
+    _check_reference(row, before, after, config, file)
+    if not _count_cuts(before, after, config, counts):
+        return []
+    pairs = tuple(pair for pair in row.pairs if not _equal(pair, kept))
+    counts.dropped_pairs += len(row.pairs) - len(pairs)
+    if not pairs:
+        return []
+    return [TokenRecord(record_key(prompt.tobytes()), prompt, tuple(kept), pairs, row.reference)]
+
+
+def _encode_unpaired(
+    row: UnpairedRow,
+    config: DataConfig,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    counts: ExampleCounts,
+    file: str,
+) -> list[TokenRecord]:
+    try:
+        whole, (encoded,) = encode_candidates(
+            row.prompt, [row.response], tokenizer, add_eos=config.add_eos
+        )
+    except ExampleError as error:
+        if error.field == "response":
+            raise ExampleError(error.reason, field="completion") from None
+        raise
+    counts.tokens += len(whole) + len(encoded)
+    prompt = _fit_prompt(whole, config, tokenizer.prefix_ids)
+    kept = encoded[: _room(prompt, config) // 2 - layout.readouts]
+    before, after = (whole, encoded), (prompt, kept)
+    _check_reference(row, before, after, config, file)
+    if not _count_cuts(before, after, config, counts):
+        return []
+    label = Pair(0, None, float(row.good))
+    reference = None if row.reference is None else (row.reference,)
+    return [TokenRecord(record_key(prompt.tobytes()), prompt, (kept,), (label,), reference)]
+
+
+def _check_reference(
+    row: PreferenceRow | UnpairedRow,
+    before: Sequence[IntArray],
+    after: Sequence[IntArray],
+    config: DataConfig,
+    file: str,
+) -> None:
+    """Raises DataError where texts with log-probs of a reference model must be cut."""
     cut = sum(map(len, before)) - sum(map(len, after))
     if row.reference is not None and cut and config.too_long != "drop":
         raise DataError(
@@ -221,13 +279,6 @@ def _encode_preference(
             line=row.line,
             field=config.reference_field,
         )
-    if not _count_cuts(before, after, config, counts):
-        return []
-    pairs = tuple(pair for pair in row.pairs if not _equal(pair, kept))
-    counts.dropped_pairs += len(row.pairs) - len(pairs)
-    if not pairs:
-        return []
-    return [TokenRecord(record_key(prompt.tobytes()), prompt, tuple(kept), pairs, row.reference)]
 
 
 def _equal(pair: Pair, responses: Sequence[IntArray]) -> bool:
@@ -245,6 +296,7 @@ class _Group:
         self.pairs: list[Pair] = []
         self.has_reference = False
         self._places: dict[bytes, int] = {}
+        self._labelled: tuple[list[int], list[int]] = ([], [])  # bad, good
         self._seen: set[Pair] = set()
 
     def add_pairs(self, record: TokenRecord, counts: ExampleCounts) -> None:
@@ -259,6 +311,22 @@ class _Group:
             self._seen.add(placed)
             self.pairs.append(placed)
         self.has_reference = record.reference is not None
+
+    def add_labelled(self, record: TokenRecord, counts: ExampleCounts) -> None:
+        """Adds a response that was labelled by itself."""
+        (response,), (label,) = record.responses, record.pairs
+        place = self._place(response, record.reference[0] if record.reference else 0.0, counts)
+        self._labelled[int(label.target)].append(place)
+        self.has_reference = record.reference is not None
+
+    def pair_up(self, counts: ExampleCounts) -> bool:
+        """Makes pairs of the good and the bad responses; False if there are none."""
+        bad, good = self._labelled
+        pairs = [(a, b) for a in good for b in bad if a != b]
+        counts.dropped_pairs += len(good) * len(bad) - len(pairs)
+        counts.unpaired_left_out += not pairs
+        self.pairs = [Pair(a, b, weight=1 / len(pairs)) for a, b in pairs]
+        return bool(pairs)
 
     def _place(self, response: IntArray, reference: float, counts: ExampleCounts) -> int:
         place = self._places.setdefault(response.tobytes(), len(self.responses))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
+from gram_jax.data.json_array import ListLines
 from gram_jax.errors import DataError
 
 Record: TypeAlias = dict[str, Any]
@@ -107,7 +108,8 @@ def reader_of(path: Path) -> Reader | None:
 def jsonl_blocks(path: str | Path, size: int) -> Iterator[LinesBlock]:
     """Cuts a JSON Lines file, plain, `.gz` or `.zst`, at the first line end after `size` bytes.
 
-    A byte order mark at the start is dropped, and so are blank lines at the end.
+    A byte order mark at the start is dropped, and so are blank lines at the end. A `.json` file may
+    hold one list instead, whose items count as lines.
 
     Raises:
       DataError: the file is missing, unreadable, empty, damaged or cut off.
@@ -115,7 +117,9 @@ def jsonl_blocks(path: str | Path, size: int) -> Iterator[LinesBlock]:
     line = 0
     try:
         with _open_bytes(path) as stream:
-            for block in line_blocks(str(path), stream, size):
+            is_json = re.search(r"\.json(\.gz|\.zst)?$", str(path), re.IGNORECASE)
+            lines = cast(BinaryIO, ListLines(stream)) if is_json else stream
+            for block in line_blocks(str(path), lines, size):
                 yield block
                 line = block.first + block.data.rstrip().count(b"\n")
     except FileNotFoundError:

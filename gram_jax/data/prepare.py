@@ -35,7 +35,8 @@ from gram_jax.data.rowset import (
     read_manifest,
     write_json,
 )
-from gram_jax.data.sources import detect_format
+from gram_jax.data.selection import Selection, prompts_of
+from gram_jax.data.shapes import LABELLED, UNLABELLED, detect_format, kind_of
 from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
@@ -64,6 +65,7 @@ def prepared_rows(
     layout: Layout,
     replace: bool,
     meter: Meter,
+    use: str = "train",
 ) -> RowSet:
     """The rows of a source: those in ``folder`` if they are its rows, else they are made there.
 
@@ -72,11 +74,13 @@ def prepared_rows(
       layout: what the objective needs of a row.
       replace: other rows that are in ``folder`` give way; else they are an error.
       meter: shows progress.
+      use: "train"; "validation"; or "held_out", for the prompts of a training source that are held
+        out for validation.
 
     Raises:
       UserError: the source, or a row of it, cannot be used, or ``folder`` holds other rows.
     """
-    asked = _Asked(spec, config, tokenizer, layout)
+    asked = _Asked(spec, config, tokenizer, layout, Selection.of(config, use))
     manifest = read_manifest(folder)
     found = [] if manifest is None else _differences(manifest, asked, meter)
     if found and not replace:
@@ -102,30 +106,44 @@ class _Asked:
     config: DataConfig
     tokenizer: Tokenizer
     layout: Layout
+    selection: Selection
 
     def sources(self) -> list[Source]:
         return [open_source(part) for part in self.spec.split(",")]
+
+    def excluded(self) -> list[Source]:
+        """Sources of prompts that should not be among these rows."""
+        specs = self.config.exclude if self.selection.use == "train" else ()
+        return [open_source(part) for spec in specs for part in spec.split(",")]
 
 
 def _differences(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
     """In what the rows of a folder are not those that are asked for."""
     key, config = manifest.key, asked.config
+    if key["row_format"] != ROW_FORMAT:
+        return ["another version of gram_jax made them"]
     found = [
         f"config.data.{name} was {key['settings'][name]!r} and is {getattr(config, name)!r}"
         for name in _SETTINGS
         if key["settings"][name] != getattr(config, name)
     ]
+    found += [
+        f"{'' if name == 'use' else 'config.data.'}{name} was {key['selection'][name]!r} and is"
+        f" {value!r}"
+        for name, value in asked.selection.key().items()
+        if key["selection"][name] != value
+    ]
     if key["tokenizer"] != asked.tokenizer.fingerprint():
         found.append("the tokenizer is another")
-    if key["row_format"] != ROW_FORMAT:
-        found.append("another version of gram_jax made them")
     if config.format not in ("auto", key["format"]):
         found.append(f"they are rows of {key['format']}")
     if key["layout"] != asked.layout.key():
         found.append(f"they are laid out for {key['layout']}, and {asked.layout.key()} is wanted")
     if manifest.read["bad_rows"] and config.on_bad_row == "stop":
         found.append(f"{manifest.read['bad_rows']} bad rows were left out (on_bad_row)")
-    return found + _source_changes(manifest, asked, meter)
+    return (
+        found + _source_changes(manifest, asked, meter) + _exclude_changes(manifest, asked, meter)
+    )
 
 
 def _source_changes(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
@@ -146,6 +164,17 @@ def _source_changes(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str
     return [f"{asked.spec} has changed ({', '.join(changed[:3]) or 'its content is another'})"]
 
 
+def _exclude_changes(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
+    """Whether other prompts were excluded when rows were made."""
+    try:
+        if _identity(asked.excluded()) == manifest.key["exclude"]:
+            return []
+    except DataError as error:
+        meter.say(f"rows prepared earlier are used without a look at config.data.exclude: {error}")
+        return []
+    return ["config.data.exclude holds other files"]
+
+
 def _identity(sources: Sequence[Source]) -> list[dict[str, Any]]:
     """The content of sources, wherever they lie."""
     found = []
@@ -164,21 +193,29 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     seen = [_seen(source) for source in sources]
     key = {
         "sources": _identity(sources),
-        "format": _format(sources, config, asked.layout.pairs),
+        "format": _format(sources, config, asked.layout),
         "layout": asked.layout.key(),
+        "selection": asked.selection.key(),
+        "exclude": _identity(asked.excluded()),
         "settings": {name: getattr(config, name) for name in _SETTINGS},
         "tokenizer": asked.tokenizer.fingerprint(),
         "row_format": ROW_FORMAT,
     }
     shape = row_shape(config, asked.layout)
-    plan = work.Plan(folder / "work", config, asked.layout, str(key["format"]), shape)
+    selection = dataclasses.replace(asked.selection, excluded=prompts_of(asked.excluded()))
+    plan = work.Plan(folder / "work", config, asked.layout, str(key["format"]), shape, selection)
     # What was left out of a chunk depends on this, too.
     work.begin(plan, {**key, "on_bad_row": config.on_bad_row}, asked.tokenizer)
     size = sum(file["size"] for source in seen for file in source["files"])
     with work.Workers(config.workers, size // _BYTES_PER_WORKER, plan) as workers:
         read, tokens = _make_chunks(sources, workers, meter, asked.spec)
+        last = None
+        if selection.max_pairs:
+            draws = work.all_draws(plan)
+            last = selection.last_drawn(draws, asked.spec)
+            tokens = int(tokens * float((draws <= last).mean()))
         shards = min(max(tokens // (config.row_length * _ROWS_PER_SHARD), 1), _MOST_SHARDS)
-        parts = _make_shards(shards, workers, meter, asked.spec)
+        parts = _make_shards(shards, last, workers, meter, asked.spec)
     for part in parts:
         read.add(ExampleCounts(**part["read"]))
     packed = {
@@ -186,7 +223,8 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
         for field in dataclasses.fields(PackCounts)
     }
     if not packed["rows"]:
-        raise DataError(f"nothing to train on: {read.text()}", file=asked.spec)
+        purpose = "train" if asked.selection.use == "train" else "validate"
+        raise DataError(f"nothing to {purpose} on: {read.text()}", file=asked.spec)
     if read.bad_rows:
         path = work.gather_quarantine(plan, folder)
         meter.say(f"{read.bad_rows:,} bad rows were left out; {path} names them")
@@ -212,13 +250,13 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
     )
 
 
-def _format(sources: Sequence[Source], config: DataConfig, pairs: bool) -> str:
+def _format(sources: Sequence[Source], config: DataConfig, layout: Layout) -> str:
     """What a source's rows are; as its first good row says, if the settings do not.
 
     Raises:
       DataError: it is not what the objective needs, or cannot be told.
     """
-    found = config.format
+    found, kinds = config.format, LABELLED if layout.pairs else UNLABELLED
     where = sources[0].spec
     if found == "auto":
         records = (
@@ -229,15 +267,21 @@ def _format(sources: Sequence[Source], config: DataConfig, pairs: bool) -> str:
         )
         for where, line, record in records:
             if not isinstance(record, DataError):
-                found = detect_format(record, file=where, line=line)
+                found = detect_format(record, file=where, line=line, kinds=kinds)
                 break
             if config.on_bad_row == "stop":
                 raise record
         else:
             raise DataError("no row can be used", file=where)
-    if pairs != (found == "preferences"):
-        needed = "preferences" if pairs else "text or responses"
+    if kind_of(found) not in kinds:
+        needed = "preferences" if layout.pairs else "text or responses"
         raise DataError(f"its rows are {found}, but the objective needs {needed}", file=where)
+    if kind_of(found) == "unpaired" and layout.reading == "judge":
+        reason = "its rows are unpaired, but a judge compares two responses; make pairs of them"
+        raise DataError(f"{reason} first, or choose another objective", file=where)
+    if kind_of(found) == "unpaired" and config.max_pairs:
+        reason = "its rows are unpaired, so config.data.max_pairs has no pairs to draw from; set it"
+        raise DataError(f"{reason} to 0, or make pairs of them first", file=where)
     return found
 
 
@@ -277,12 +321,13 @@ def _make_chunks(
 
 
 def _make_shards(
-    shards: int, workers: work.Workers, meter: Meter, spec: str
+    shards: int, last: int | None, workers: work.Workers, meter: Meter, spec: str
 ) -> list[dict[str, Any]]:
     """Packs what is not packed yet; returns what is counted of each shard."""
     parts = []
     with meter.phase(f"packing {spec}", "packed rows") as bar:
-        for part in workers.map(work.make_shard, ((n, shards) for n in range(shards))):
+        tasks = ((n, shards, last) for n in range(shards))
+        for part in workers.map(work.make_shard, tasks):
             parts.append(part)
             bar.add(part["rows"], tokens=part["packed"]["tokens"])
     return parts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, NoReturn
@@ -156,6 +157,7 @@ def apply_chat_template(
 ) -> str:
     """Renders messages with the tokenizer's chat template, as transformers does.
 
+    A first message of the role "tools" holds a JSON list, which the template gets as its `tools`.
     `chat_template_kwargs` are further variables for the template, such as enable_thinking.
 
     Raises:
@@ -166,10 +168,11 @@ def apply_chat_template(
             "the prompt is chat messages, but the tokenizer has no chat template; add a"
             " chat_template.jinja to its folder or write the prompt as text"
         )
+    messages, tools = _without_tools(messages, tokenizer.chat_template)
     try:
         return _compiled(tokenizer.chat_template).render(
             messages=[_as_templates_expect(message) for message in messages],
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **{**tokenizer.special_tokens, **(chat_template_kwargs or {})},
@@ -179,6 +182,23 @@ def apply_chat_template(
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise UserError(f"the chat template refuses the messages [{roles}]: {error}") from None
+
+
+def _without_tools(
+    messages: Sequence[Message], template: str
+) -> tuple[Sequence[Message], list[Any] | None]:
+    """Splits off the tools, which templates take apart from the messages."""
+    if not messages or messages[0].get("role") != "tools":
+        return messages, None
+    try:
+        tools = json.loads(messages[0]["content"])
+    except (TypeError, ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list):
+        raise UserError('the content of a message of the role "tools" must be a JSON list')
+    if not re.search(r"\btools\b", template):
+        raise UserError("the row has tools, but the chat template does not write them; remove one")
+    return messages[1:], tools
 
 
 def check_candidates(prompt: Prompt, responses: Sequence[Response]) -> None:

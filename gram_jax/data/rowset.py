@@ -25,7 +25,7 @@ from gram_jax.errors import DataError, UserError
 from gram_jax.rows import Batch, PackedRow, RowShape, empty_row
 
 MANIFEST = "manifest.json"
-ROW_FORMAT = 3
+ROW_FORMAT = 4
 """Raised whenever equal sources would make other rows, or rows are laid out in another way."""
 
 _WRITER_OPTIONS = "group_size:1,zstd:1"  # each row can be read alone

@@ -1,13 +1,13 @@
-"""Rows to learn from: records checked field by field, whatever format they were stored in.
+"""Rows to learn from, and the checks of a record's fields that they come from.
 
-A record is a JSON object with the fields of one of `FORMATS`. Every fault is a `DataError` that
-names file, line and field. Where records come from is in `gram_jax.data.records`.
+Every fault is a `DataError` that names file, line and field. Which fields a record may have is in
+`gram_jax.data.shapes`, and where records come from in `gram_jax.data.records`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -66,8 +66,25 @@ class PreferenceRow(NamedTuple):
     line: int
 
 
-Row: TypeAlias = TextRow | ResponsesRow | PreferenceRow
-FORMATS = ("text", "responses", "pairs", "preferences")
+class UnpairedRow(NamedTuple):
+    """A prompt with one response that was labelled good or bad by itself.
+
+    Attributes:
+      prompt: text, or chat messages that end with the turn to be answered.
+      response: text, or a list with one assistant message (only if the prompt is messages).
+      good: the label.
+      reference: log-probability of the response under a reference model, or None.
+      line: 1-based line in its file, for messages about this row.
+    """
+
+    prompt: Prompt
+    response: Response
+    good: bool
+    reference: float | None
+    line: int
+
+
+Row: TypeAlias = TextRow | ResponsesRow | PreferenceRow | UnpairedRow
 
 _BLOCK_SIZE = 1 << 20
 
@@ -88,58 +105,6 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield line, record
 
 
-def detect_format(record: dict[str, Any], *, file: str | Path, line: int | None) -> str:
-    """Returns which of `FORMATS` the record has, by its fields; a field that is null may be unused.
-
-    Raises:
-      DataError: it has none.
-    """
-    used = {name for name, value in record.items() if value is not None}
-    for names in (used, set(record)):
-        if {"chosen", "rejected"} <= names:
-            return "preferences"
-        if "prompt" in names and not names.isdisjoint(("response", "responses")):
-            return "responses"
-        if "text" in names:
-            return "text"
-    reason = (
-        "a row needs the fields text; or prompt and response or responses; or prompt, chosen and"
-        f" rejected (fields here: {_listed(record)})"
-    )
-    raise DataError(reason, file=file, line=line)
-
-
-def parse_row(
-    record: dict[str, Any], format: str, *, file: str | Path, line: int, reference_field: str = ""
-) -> Row:
-    """Returns the record as a row of a format, checked.
-
-    Args:
-      record: a JSON object.
-      format: one of `FORMATS`.
-      file, line: where it stands, for messages; `file` also names the default source of a text.
-      reference_field: if not "", a preference must hold there a list of two finite numbers, the
-        log-probabilities of chosen and rejected under a reference model (the column `logprob` that
-        `score` writes).
-
-    Raises:
-      DataError: a field is missing or of the wrong kind, or chosen and rejected are the same.
-    """
-    if format == "text":
-        text = require_text(record, "text", file=file, line=line)
-        source = _optional_text(record, "source", "", file, line) or _source_name(file)
-        return TextRow(text, source, line)
-    if format in ("responses", "pairs"):
-        row = _responses_row(record, file, line)
-        if format == "pairs" and len(row.responses) < 2:
-            reason = "holds one response; the format pairs needs two"
-            raise DataError(reason, file=file, line=line, field="responses")
-        return row
-    if format == "preferences":
-        return _preference_row(record, file, line, reference_field)
-    raise ValueError(f"unknown format {format!r}; there are {', '.join(FORMATS)}")
-
-
 def require_text(
     row: dict[str, Any],
     field: str,
@@ -153,7 +118,7 @@ def require_text(
     Raises:
       DataError: the field is missing, not a string, empty, or not encodable as UTF-8.
     """
-    return _checked_text(_present(row, field, file, line), field, file, line, allow_empty)
+    return checked_text(present(row, field, file, line), field, file, line, allow_empty)
 
 
 def require_prompt(
@@ -161,13 +126,61 @@ def require_prompt(
 ) -> Prompt:
     """Returns a prompt: a string (which may be empty) or a non-empty list of chat messages.
 
+    The row's `system` and `tools` are part of it; see `with_context`.
+
     Raises:
       DataError: the field is missing or is neither.
     """
-    value = _present(row, field, file, line)
+    value = present(row, field, file, line)
     if isinstance(value, list):
-        return _checked_messages(value, field, file, line)
-    return _checked_text(value, field, file, line, allow_empty=True)
+        prompt: Prompt = checked_messages(value, field, file, line)
+    else:
+        prompt = checked_text(value, field, file, line, allow_empty=True)
+    return with_context(row, prompt, file=file, line=line)
+
+
+def with_context(
+    row: dict[str, Any], prompt: Prompt, *, file: str | Path, line: int | None
+) -> Prompt:
+    """Returns a prompt with what the row's columns `system` and `tools` put before it.
+
+    `system` (text) becomes the first message, or text before the prompt's text with a blank line
+    between them. `tools` (a list of JSON objects, or that list as JSON text) is for a chat
+    template, and becomes a first message of the role "tools" (see `prompts.apply_chat_template`).
+
+    Raises:
+      DataError: one of them is of the wrong kind, or does not go with this prompt.
+    """
+    system = optional_text(row, "system", file, line)
+    if system and isinstance(prompt, str):
+        prompt = f"{system}\n\n{prompt}"
+    elif system and not isinstance(prompt, str):
+        if any(message["role"] == "system" for message in prompt):
+            reason = "stands beside a system message in the prompt; keep one of them"
+            raise DataError(reason, file=file, line=line, field="system")
+        prompt = [{"role": "system", "content": system}, *prompt]
+    tools = _tools(row.get("tools"), file, line)
+    if not tools:
+        return prompt
+    if isinstance(prompt, str):
+        reason = "are for a chat template, but the prompt is text; write it as chat messages"
+        raise DataError(reason, file=file, line=line, field="tools")
+    return [{"role": "tools", "content": json.dumps(tools)}, *prompt]
+
+
+def _tools(value: Any, file: str | Path, line: int | None) -> list[dict[str, Any]]:
+    """The tools of a row; none is an empty list."""
+    if value is None or value == "":
+        return []
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+        json.dumps(tools)
+    except (TypeError, ValueError, RecursionError):
+        tools = None  # not JSON, or (of a table's row) nothing that JSON can hold
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        reason = "must be a list of JSON objects, or that list as JSON text"
+        raise DataError(reason, file=file, line=line, field="tools")
+    return tools
 
 
 def require_response(
@@ -178,7 +191,7 @@ def require_response(
     Raises:
       DataError: the field is missing or is no response to `prompt`.
     """
-    return checked_response(_present(row, field, file, line), field, prompt, file=file, line=line)
+    return checked_response(present(row, field, file, line), field, prompt, file=file, line=line)
 
 
 def checked_response(
@@ -192,13 +205,13 @@ def checked_response(
       DataError: `value` is no response to `prompt`, or is empty.
     """
     if isinstance(value, str):
-        return _checked_text(value, field, file, line, allow_empty=False)
+        return checked_text(value, field, file, line, allow_empty=False)
     if not isinstance(value, list | dict):
         raise DataError(f"must be text, not {kind(value)}", file=file, line=line, field=field)
     if isinstance(prompt, str):
         reason = "is chat messages, but the prompt is text; make both the same"
         raise DataError(reason, file=file, line=line, field=field)
-    messages = _checked_messages([value] if isinstance(value, dict) else value, field, file, line)
+    messages = checked_messages([value] if isinstance(value, dict) else value, field, file, line)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = printable(", ".join(message["role"] for message in messages), 200)
         reason = f"must be one assistant message, not [{roles}]; earlier turns go in the prompt"
@@ -206,57 +219,18 @@ def checked_response(
     return messages
 
 
-def _responses_row(record: dict[str, Any], file: str | Path, line: int) -> ResponsesRow:
-    prompt = require_prompt(record, file=file, line=line)
-    if record.get("responses") is None:
-        response = require_response(record, "response", prompt, file=file, line=line)
-        return ResponsesRow(prompt, (response,), line)
-    if record.get("response") is not None:
-        reason = "stands beside response; keep one of them, or rename the other"
-        raise DataError(reason, file=file, line=line, field="responses")
-    values = record["responses"]
-    if not isinstance(values, list) or not values:
-        reason = "must be a list of at least one response"
-        raise DataError(reason, file=file, line=line, field="responses")
-    responses = (
-        checked_response(value, f"responses[{place}]", prompt, file=file, line=line)
-        for place, value in enumerate(values)
-    )
-    return ResponsesRow(prompt, tuple(responses), line)
-
-
-def _preference_row(
-    record: dict[str, Any], file: str | Path, line: int, reference_field: str
-) -> PreferenceRow:
-    prompt = require_prompt(record, file=file, line=line)
-    chosen = require_response(record, "chosen", prompt, file=file, line=line)
-    rejected = require_response(record, "rejected", prompt, file=file, line=line)
-    if chosen == rejected:
-        reason = "is the same as chosen, so the row prefers nothing; remove it"
-        raise DataError(reason, file=file, line=line, field="rejected")
-    subset = _optional_text(record, "subset", "", file, line)
-    reference = _require_two_numbers(record, reference_field, file, line)
-    return PreferenceRow(
-        prompt, (chosen, rejected), (Pair(0, 1),), ("chosen", "rejected"), subset, reference, line
-    )
-
-
-def _source_name(file: str | Path) -> str:
-    """The file's name without its extensions."""
-    extensions = r"(\.(jsonl|ndjson|json|parquet|arrow))?(\.gz|\.zst)?$"
-    return re.sub(extensions, "", Path(file).name, count=1)
-
-
-def _present(row: dict[str, Any], field: str, file: str | Path, line: int | None) -> Any:
+def present(row: dict[str, Any], field: str, file: str | Path, line: int | None) -> Any:
+    """Returns `row[field]`, which must be there."""
     if field not in row:
-        reason = f"is missing (fields here: {_listed(row)})"
+        reason = f"is missing (fields here: {listed(row)})"
         raise DataError(reason, file=file, line=line, field=field)
     return row[field]
 
 
-def _checked_text(
+def checked_text(
     value: Any, field: str, file: str | Path, line: int | None, allow_empty: bool
 ) -> str:
+    """Returns a value that must be text which UTF-8 can hold."""
     if not isinstance(value, str):
         raise DataError(f"must be text, not {kind(value)}", file=file, line=line, field=field)
     if not value and not allow_empty:
@@ -270,9 +244,10 @@ def _checked_text(
     return value
 
 
-def _checked_messages(
+def checked_messages(
     value: list[Any], field: str, file: str | Path, line: int | None
 ) -> list[Message]:
+    """Returns a list that must be chat messages, at least one."""
     if not value:
         raise DataError("is an empty list of messages", file=file, line=line, field=field)
     for number, message in enumerate(value):
@@ -280,36 +255,24 @@ def _checked_messages(
         if not isinstance(message, dict):
             reason = f"must be a message with role and content, not {kind(message)}"
             raise DataError(reason, file=file, line=line, field=place)
-        role = _present(message, "role", file, line)
-        _checked_text(role, f"{place}.role", file, line, allow_empty=False)
+        role = present(message, "role", file, line)
+        checked_text(role, f"{place}.role", file, line, allow_empty=False)
         if message.get("tool_calls") and message.get("content") is None:
             continue
-        content = _present(message, "content", file, line)
-        _checked_text(content, f"{place}.content", file, line, allow_empty=True)
+        content = present(message, "content", file, line)
+        checked_text(content, f"{place}.content", file, line, allow_empty=True)
     return cast(list[Message], value)
 
 
-def _optional_text(
-    row: dict[str, Any], field: str, default: str, file: str | Path, line: int
-) -> str:
+def optional_text(row: dict[str, Any], field: str, file: str | Path, line: int | None) -> str:
+    """Returns `row[field]`, which must be text, or "" if it is missing or null."""
     if row.get(field) is None:
-        return default
-    return require_text(row, field, file=file, line=line)
+        return ""
+    return require_text(row, field, file=file, line=line, allow_empty=True)
 
 
-def _require_two_numbers(
-    row: dict[str, Any], field: str, file: str | Path, line: int
-) -> tuple[float, float] | None:
-    if not field:
-        return None
-    value = _present(row, field, file, line)
-    if isinstance(value, list) and len(value) == 2 and all(map(_is_finite_number, value)):
-        return float(value[0]), float(value[1])
-    reason = "must be a list of two finite numbers, [chosen, rejected], as `score` writes"
-    raise DataError(reason, file=file, line=line, field=field)
-
-
-def _is_finite_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a number (true and false are none) that a float can hold."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
@@ -318,6 +281,6 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names for a message: in order, and not more than a screen can hold."""
     return printable(", ".join(sorted(names)), 200) or "none"

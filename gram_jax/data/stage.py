@@ -92,25 +92,31 @@ def stage_data(
         raise UserError(
             "config.data.train is empty; name a source, as in --config.data.train=FILE.jsonl"
         )
+    held_out = data.train if data.holdout else ()
     sources = {
-        f"{name}/{number}": spec
-        for name, specs in (("train", data.train), ("validation", data.validation))
+        f"{name}/{number}": (spec, use)
+        for name, use, specs in (
+            ("train", "train", data.train),
+            ("validation", "validation", data.validation),
+            ("validation", "held_out", held_out),
+        )
         for number, spec in enumerate(specs)
     }
 
     def prepare() -> None:
         meter = Meter(quiet=quiet or not is_main())
-        for name, spec in sources.items():
+        for name, (spec, use) in sources.items():
             prepared_rows(
-                spec, data, tokenizer, folder / name, layout=layout, replace=replace, meter=meter
-            )
+                spec, data, tokenizer, folder / name,
+                layout=layout, replace=replace, meter=meter, use=use,
+            )  # fmt: skip
 
     main_first(prepare)
     opened = {name: RowSet(folder / name) for name in sources}
     train = Rows([rows for name, rows in opened.items() if name.startswith("train/")])
-    held_out = [rows for name, rows in opened.items() if name.startswith("validation/")]
+    validation = [rows for name, rows in opened.items() if name.startswith("validation/")]
     order = RowOrder(train.sizes, config.seed, data.weights)
-    return StageData(train, Rows(held_out) if held_out else None, order, layout)
+    return StageData(train, Rows(validation) if validation else None, order, layout)
 
 
 def stage_layout(config: Config) -> Layout:

@@ -25,6 +25,11 @@ class ExampleCounts:
     shared_responses: int = 0  # occurrences of a response that is already there for its prompt
     repeated_pairs: int = 0  # pairs that stand in the data more than once; all are kept
     dropped_pairs: int = 0  # pairs whose responses became equal when they were cut
+    ties: int = 0  # pairs in the data of which neither side is better
+    other_part: int = 0  # rows whose prompt is for validation; or for training, in validation
+    overlapping_rows: int = 0  # rows whose prompt is in `exclude`; left out or not, as asked
+    undrawn_pairs: int = 0  # pairs left out of the draw of max_pairs
+    unpaired_left_out: int = 0  # prompts whose labelled responses are all good, or all bad
 
     def text(self) -> str:
         """One line: every count that is not zero."""
@@ -41,7 +46,9 @@ class TokenRecord:
     """A prompt, responses, and comparisons among them, as token ids.
 
     ``key`` (64 bits) is equal for records that belong together: those of one document, or of one
-    prompt. ``reference`` holds the responses' log-probs under a reference model.
+    prompt. ``reference`` holds the responses' log-probs under a reference model. A response that
+    was labelled by itself has a pair without ``b``, whose target is 1 (good) or 0. ``draws``, where
+    pairs are drawn, holds the number of each in the draw; both orders of a comparison have one.
     """
 
     key: int
@@ -49,6 +56,7 @@ class TokenRecord:
     responses: tuple[IntArray, ...]
     pairs: tuple[Pair, ...] = ()
     reference: tuple[float, ...] | None = None
+    draws: tuple[int, ...] = ()
 
 
 def record_key(content: bytes) -> int:

@@ -37,6 +37,7 @@ class Tokenizer:
       bos_id, eos_id, pad_id: ids of the special tokens, None where there is none.
       vocab_size: one more than the largest id, which is what an embedding must cover.
       special_tokens: {"bos_token": "<s>", ...}, the names that chat templates use.
+      special_ids: ids of all special tokens, in order.
       chat_template: Jinja source, or None.
       prefix_ids: what every plain prompt starts with, such as [bos_id].
     """
@@ -74,6 +75,7 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.prefix_ids = self._find_prefix()
         added = backend.get_added_tokens_decoder()
+        self.special_ids = sorted(i for i, token in added.items() if token.special)
         ends = {token.content for token in added.values() if token.special}
         if "eos_token" in self.special_tokens:
             ends.add(self.special_tokens["eos_token"])
@@ -176,6 +178,14 @@ class Tokenizer:
             template.unlink(missing_ok=True)
         else:
             _write_text(template, self.chat_template)
+
+    def with_padding(self, pad_id: int) -> Tokenizer:
+        """The same tokenizer with another token for padding, if it has one of this id."""
+        token = self._backend.id_to_token(pad_id)
+        if token is None or pad_id == self.pad_id:
+            return self
+        config = {**self._config, "pad_token": token}
+        return Tokenizer(self._content, config, self.chat_template, "the tokenizer")
 
     def encode_prompt(self, text: str, *, rendered: bool = False) -> list[int]:
         """Returns the ids of a prompt: the prefix (unless it is written out in the text), the text.

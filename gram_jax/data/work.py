@@ -26,12 +26,15 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from gram_jax.config import DataConfig
 from gram_jax.data.examples import Layout, encode_rows, group_records
 from gram_jax.data.records import Block
 from gram_jax.data.rowset import write_json, write_shard
-from gram_jax.data.sources import Row, parse_row
+from gram_jax.data.selection import Selection, drawn
+from gram_jax.data.shapes import parse_row
+from gram_jax.data.sources import Row
 from gram_jax.data.token_records import ExampleCounts, TokenRecord
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
@@ -53,6 +56,7 @@ class Plan:
     layout: Layout
     format: str
     shape: RowShape
+    selection: Selection
 
     def chunk(self, number: int) -> Path:
         return self.folder / f"chunk-{number:06}"
@@ -142,7 +146,7 @@ def _encoded(
     waiting: list[Row] = []
 
     def encode() -> Iterator[list[TokenRecord] | DataError]:
-        yield from encode_rows(
+        encoded = encode_rows(
             waiting,
             plan.config,
             plan.layout,
@@ -151,6 +155,10 @@ def _encoded(
             file=block.file,
             document=document,
         )
+        for row, found in zip(waiting, encoded, strict=True):
+            if not isinstance(found, DataError):
+                plan.selection.mark(found, f"{document}:{row.line}")
+            yield found
         waiting.clear()
 
     for line, record in block.records():
@@ -158,15 +166,15 @@ def _encoded(
         try:
             if isinstance(record, DataError):
                 raise record
-            waiting.append(
-                parse_row(
-                    record,
-                    plan.format,
-                    file=block.file,
-                    line=line,
-                    reference_field=plan.config.reference_field,
-                )
+            row = parse_row(
+                record,
+                plan.format,
+                file=block.file,
+                line=line,
+                reference_field=plan.config.reference_field,
             )
+            if plan.selection.uses(row, counts):
+                waiting.append(row)
         except DataError as error:
             yield from encode()
             yield error
@@ -194,6 +202,7 @@ def _save_records(folder: Path, records: Sequence[TokenRecord]) -> None:
         "ids": np.concatenate(ids) if ids else np.zeros(0, np.int32),
         "references": np.array(references, np.float64),
         "pairs": np.array(pairs, np.float64).reshape(-1, 5),
+        "draws": np.array([draw for record in records for draw in record.draws], np.uint64),
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -209,9 +218,9 @@ def _load_records(folder: Path, low: int, high: int) -> Iterator[TokenRecord]:
     keys = np.load(folder / "keys.npy")
     begin = int(np.searchsorted(keys, np.uint64(low)))
     end = len(keys) if high >= 2**64 else int(np.searchsorted(keys, np.uint64(high)))
-    first_sequence, first_id, first_pair, ids, references, pairs = (
-        np.load(folder / f"{name}.npy", mmap_mode="r")
-        for name in ("first_sequence", "first_id", "first_pair", "ids", "references", "pairs")
+    names = ("first_sequence", "first_id", "first_pair", "ids", "references", "pairs", "draws")
+    first_sequence, first_id, first_pair, ids, references, pairs, draws = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in names
     )
     for i in range(begin, end):
         bounds = first_id[first_sequence[i] : first_sequence[i + 1] + 1]
@@ -229,22 +238,36 @@ def _load_records(folder: Path, low: int, high: int) -> Iterator[TokenRecord]:
                 for a, b, target, weight, margin in pairs[first_pair[i] : first_pair[i + 1]]
             ),
             None if np.isnan(reference).any() else reference,
+            tuple(map(int, draws[first_pair[i] : first_pair[i + 1]])),  # none, or one of each pair
         )
 
 
-def make_shard(plan: Plan, _: Tokenizer, number: int, shards: int) -> dict[str, Any]:
-    """Packs the records of one part of the keys, unless that is done; returns what it counts."""
+def all_draws(plan: Plan) -> npt.NDArray[np.uint64]:
+    """The numbers in the draw of all pairs of all chunks."""
+    return np.concatenate(
+        [np.load(chunk / "draws.npy") for chunk in sorted(plan.folder.glob("chunk-??????"))]
+    )
+
+
+def make_shard(
+    plan: Plan, _: Tokenizer, number: int, shards: int, last: int | None
+) -> dict[str, Any]:
+    """Packs the records of one part of the keys, unless that is done; returns what it counts.
+
+    ``last`` is the highest number in the draw of pairs that is drawn; None if all pairs are used.
+    """
     name = f"rows-{number:05}-of-{shards:05}"
     described = plan.folder / f"{name}.json"
     if described.is_file():
         return cast(dict[str, Any], json.loads(described.read_text("utf-8")))
     low, high = (-(-n * 2**64 // shards) for n in (number, number + 1))
+    read, packed = ExampleCounts(), PackCounts()
     records = (
         record
         for chunk in sorted(plan.folder.glob("chunk-??????"))
-        for record in _load_records(chunk, low, high)
+        for found in _load_records(chunk, low, high)
+        if (record := found if last is None else drawn(found, last, read))
     )
-    read, packed = ExampleCounts(), PackCounts()
     packer = pack_texts if plan.format == "text" else pack
     rows = packer(group_records(records, plan.format, read), plan.shape, counts=packed)
     file = f"{name}.array_record"

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gram_jax.config import ComputeConfig, ModelConfig
+from gram_jax.errors import UserError
 from gram_jax.mesh import gathered, named, out_spec, weight_spec
 from gram_jax.models.attention import (
     FULL,
@@ -188,11 +189,20 @@ class Decoder(nnx.Module):
         keys = jax.random.split(blocks_key, config.num_layers)
         self.stacks = nnx.List([jax.vmap(lambda k: Block(config, k))(keys)])
         self.norm = nnx.Param(jnp.ones(config.hidden_size))
-        if not config.tie_embeddings:
+        if config.has_unembedding and not config.tie_embeddings:
             self.unembedding = nnx.Param(_initial("unembedding", "VD", config, unembed_key))
 
     def unembedding_vd(self) -> jax.Array:
-        """The [V, D] matrix whose rows turn a hidden state into logits."""
+        """The [V, D] matrix whose rows turn a hidden state into logits.
+
+        Raises:
+          UserError: this is a classifier, which has none.
+        """
+        if not self.config.has_unembedding:
+            raise UserError(
+                "this model is a sequence classifier, without an unembedding: tokens have no"
+                " log-probs; use its reward head (bradley_terry without chosen_ce, --reward=head)"
+            )
         return (self.embedding if self.config.tie_embeddings else self.unembedding)[...]
 
     def __call__(self, batch: Batch) -> jax.Array:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gram_jax.config import ModelConfig, RopeScaling, validate
+from gram_jax.config import ModelConfig, RopeScaling
+from gram_jax.config_rules import validate
 from gram_jax.errors import UserError
 from gram_jax.models.decoder import BLOCK_DIMS, MODEL_DIMS, block_weights, shape_of
 
@@ -45,8 +46,10 @@ MODEL_TENSORS = {
     "embedding": ("model.embed_tokens.weight", "V D"),
     "norm": ("model.norm.weight", "d"),
     "unembedding": ("lm_head.weight", "V D"),
+    "head": ("score.weight", "1 d"),
 }
-"""The weights outside the blocks. The four families share all names; they differ in what exists."""
+"""The weights outside the blocks; ``1`` is an axis of one, which ours lack. The four families share
+all names; they differ in what exists."""
 
 # What transformers takes for a field that config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -64,12 +67,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_LANGUAGE_MODEL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 _MAX_WINDOW_LAYERS = 28  # of both Qwen families
 
 
@@ -86,7 +85,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_layers):
         for weight in block_weights(config):
             shapes[tensor_name(weight, layer)] = _tensor_shape(weight, config)
-    for weight in ("norm",) if config.tie_embeddings else ("norm", "unembedding"):
+    last = ["norm"]
+    if not config.has_unembedding:
+        last.append("head")
+    elif not config.tie_embeddings:
+        last.append("unembedding")
+    for weight in last:
         shapes[tensor_name(weight)] = _tensor_shape(weight, config)
     return shapes
 
@@ -107,6 +111,7 @@ def tensor_part(
     dims, layout = _dims(weight), _layout(weight)
     sizes = dict(zip(dims, shape_of(dims, config), strict=True))
     spans = {d: s.indices(sizes[d])[:2] for d, s in zip(dims, index, strict=True)}
+    sizes, spans = {"1": 1, **sizes}, {"1": (0, 1), **spans}
     slices = []
     for group in layout.split():
         inner = math.prod(sizes[d] for d in group[1:])
@@ -114,14 +119,14 @@ def tensor_part(
             raise ValueError(f"{weight}: {group[1:]} is not the outer part of an axis: cannot cut")
         start, stop = spans[group[0]]
         slices.append(slice(start * inner, stop * inner))
-    letters = layout.replace(" ", "")
+    letters = _letters(layout)
     shape = tuple(spans[d][1] - spans[d][0] for d in letters)
     return tuple(slices), shape, tuple(letters.index(d) for d in dims)
 
 
 def to_tensor(weight: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:
     """One layer's weight as Hugging Face lays it out."""
-    dims, letters = _dims(weight), _layout(weight).replace(" ", "")
+    dims, letters = _dims(weight), _letters(_layout(weight))
     order = tuple(dims.index(d) for d in letters)
     return array.transpose(order).reshape(_tensor_shape(weight, config))
 
@@ -136,7 +141,9 @@ def model_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
       UserError: the model is of a kind that is not supported, or a field is missing or ill-typed.
     """
-    family = _family(values, where)
+    family, is_classifier = _family(values, where)
+    if is_classifier:
+        _check_one_label(values, where)
     fields = _Fields({**_DEFAULTS[family], **values}, where)
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(
@@ -166,6 +173,7 @@ def model_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=fields.flag("tie_word_embeddings"),
+        has_unembedding=not is_classifier,
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
         mlp_bias=family == "llama" and fields.flag("mlp_bias"),
@@ -183,8 +191,9 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
     Raises:
       UserError: the family's checkpoints cannot express the model.
     """
+    kind = _LANGUAGE_MODEL if config.has_unembedding else _CLASSIFIER
     values: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.family]],
+        "architectures": [_CLASSES[config.family] + kind],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -205,6 +214,8 @@ def config_values(config: ModelConfig) -> dict[str, Any]:
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         values["mlp_bias"] = config.mlp_bias
+    if not config.has_unembedding:
+        values["id2label"], values["label2id"] = {"0": "reward"}, {"reward": 0}
     wanted, understood = _plain(config), _plain(model_config(values, "config.json"))
     lost = [
         f"model.{field.name}={getattr(wanted, field.name)!r}"
@@ -250,31 +261,53 @@ def _layout(weight: str) -> str:
     return (MODEL_TENSORS if weight in MODEL_TENSORS else BLOCK_TENSORS)[weight][1]
 
 
+def _letters(layout: str) -> str:
+    """The dimensions of a layout that ours has too."""
+    return layout.replace(" ", "").replace("1", "")
+
+
 def _tensor_shape(weight: str, config: ModelConfig) -> tuple[int, ...]:
-    return tuple(math.prod(shape_of(group, config)) for group in _layout(weight).split())
+    groups = _layout(weight).split()
+    return tuple(math.prod(shape_of(_letters(group), config)) for group in groups)
 
 
-def _family(values: Mapping[str, Any], where: str) -> str:
-    known = ", ".join(_ARCHITECTURES.values())
+def is_classifier(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json names a sequence classifier."""
+    names = values.get("architectures") or []
+    return any(str(name).endswith(_CLASSIFIER) for name in names)
+
+
+def _family(values: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    """The family, and whether the model is a classifier; a language model if nothing says it."""
     family = values.get("model_type")
     architectures = values.get("architectures") or []
+    kind = _CLASSIFIER if is_classifier(values) else _LANGUAGE_MODEL
+    known = [name + kind for name in _CLASSES.values()]
     for name in architectures:
-        if str(name).endswith("ForSequenceClassification"):
+        if name not in known:
             raise UserError(
-                f"{where}: {name} is a classifier; the causal language model that it was made from"
-                f" is wanted ({known})"
+                f"{where}: architecture {name!r} is not supported; known: {', '.join(known)}"
             )
-        if name not in _ARCHITECTURES.values():
-            raise UserError(f"{where}: architecture {name!r} is not supported; known: {known}")
-    if family not in _ARCHITECTURES:
+    if family not in _CLASSES:
         raise UserError(
-            f"{where}: model_type {family!r} is not supported; known: {', '.join(_ARCHITECTURES)}"
+            f"{where}: model_type {family!r} is not supported; known: {', '.join(_CLASSES)}"
         )
-    if architectures and architectures != [_ARCHITECTURES[family]]:
+    if architectures and architectures != [_CLASSES[family] + kind]:
         raise UserError(
             f"{where}: model_type {family!r} and architectures {architectures} disagree"
         )
-    return str(family)
+    return str(family), kind == _CLASSIFIER
+
+
+def _check_one_label(values: Mapping[str, Any], where: str) -> None:
+    """A reward is one number. As in transformers, id2label counts before num_labels."""
+    labels, number = values.get("id2label"), values.get("num_labels")
+    count = len(labels) if isinstance(labels, Mapping) else 2 if number is None else number
+    if count != 1:
+        raise UserError(
+            f"{where}: a classifier with {count} labels (id2label, num_labels); a reward model has"
+            " one number, num_labels=1"
+        )
 
 
 def _read_rope(

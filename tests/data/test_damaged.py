@@ -25,7 +25,8 @@ from record_files import (
 )
 
 from gram_jax.data.records import open_source
-from gram_jax.data.sources import FORMATS, detect_format, parse_row, read_jsonl
+from gram_jax.data.shapes import FORMATS, detect_format, parse_row
+from gram_jax.data.sources import read_jsonl
 from gram_jax.errors import DataError
 
 QUESTION = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Größe?"}]
@@ -36,6 +37,35 @@ GOOD = (
     {"prompt": QUESTION, "responses": ["a", [ANSWER], ANSWER]},
     {"prompt": "p", "chosen": "c", "rejected": "r", "subset": "s", "logprob": [-1, -2.5]},
     {"prompt": QUESTION, "chosen": [ANSWER], "rejected": "r", "logprob": [0, 0]},
+    {"prompt": QUESTION, "chosen": "c", "rejected": "r", "margin": 1, "system": None, "tools": []},
+    {"chosen": "Two and two are four.", "rejected": "Two and two are five."},
+    {"chosen": [*QUESTION, ANSWER], "rejected": [*QUESTION, ANSWER | {"content": "five"}]},
+    {"chosen": "\n\nHuman: 2?\n\nAssistant: 4.", "rejected": "\n\nHuman: 2?\n\nAssistant: 5."},
+    {"prompt": "p", "completion": "c", "label": True, "logprob": -3},
+    {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 2, 2.5], "logprob": [0, 1, 2]},
+    {"instruction": "i", "input": "", "output": "o"},
+    {"instruction": "i", "input": "x", "output": ["o", "p"], "system": "s"},
+    {
+        "instruction": "[User Question]\nq\n\n[The Start of Assistant A's Answer]\na\n[The End of"
+        " Assistant A's Answer]\n\n[The Start of Assistant B's Answer]\nb\n[The End of Assistant"
+        " B's Answer]\n\n#Preferred: ",
+        "output": "B",
+    },
+    {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "c"},
+        "rejected": {"from": "gpt", "value": "r"},
+    },
+    {
+        "conv_A": [*QUESTION, ANSWER],
+        "conv_B": [*QUESTION, ANSWER | {"content": "five"}],
+        "conv_A_rating": 1.0,
+        "conv_B_rating": 0,
+    },
+    {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"], "domain": "chat"},
+    {"question": "q", "response_A": "a", "response_B": "b", "label": "A>B"},
+    {"input": "i", "output_1": "a", "output_2": "b", "label": 1},
+    {"instruction": "i", "input": "", "response1": "a", "response2": "b", "annotator1": 0},
 )
 CHAT = {
     "prompt": QUESTION,
@@ -199,6 +229,8 @@ def small_files(folder):
     grouped = write_array_record(folder / "grouped.array_record", raw, 8)
     packed = write_jsonl(folder / "a.jsonl.gz", TABLE)
     framed = write_jsonl(folder / "a.jsonl.zst", TABLE)
+    listed = folder / "list.json"
+    listed.write_text(json.dumps(TABLE, indent=1))
     hf = write_hf(folder / "hf", TABLE)
     splits = write_hf_dict(folder / "hf_dict", train=TABLE[:9], test=TABLE[:9])
     made = write_tfds(folder / "tfds", train=[CHAT] * 9, test=[CHAT] * 3)
@@ -206,6 +238,7 @@ def small_files(folder):
     return {
         "gzip": (packed, packed, 500),
         "zstd": (framed, framed, 500),
+        "json list": (listed, listed, 300),
         "parquet": (plain, plain, 500),
         "parquet with checksums": (checked, checked, 300),
         "parquet of chats": (chats, chats, 400),
@@ -227,9 +260,9 @@ def files(tmp_path_factory):
 
 
 KINDS = (
-    "gzip", "zstd", "parquet", "parquet with checksums", "parquet of chats", "arrow stream",
-    "arrow file", "array_record", "array_record in groups", "state.json", "dataset_dict.json",
-    "features.json", "dataset_info.json", "tfds shard",
+    "gzip", "zstd", "json list", "parquet", "parquet with checksums", "parquet of chats",
+    "arrow stream", "arrow file", "array_record", "array_record in groups", "state.json",
+    "dataset_dict.json", "features.json", "dataset_info.json", "tfds shard",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers
 
 from gram_jax.config import DataConfig
 from gram_jax.data.examples import Layout, encode_rows, group_records, row_shape
-from gram_jax.data.sources import PreferenceRow, ResponsesRow, TextRow
+from gram_jax.data.sources import PreferenceRow, ResponsesRow, TextRow, UnpairedRow
 from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError
@@ -55,7 +55,7 @@ def examples(rows, format, tokenizer, counts, **options):
     """The examples of rows, all in one shard, in the order of their rows."""
     config = DataConfig(**options)
     records = []
-    layout = LIKELIHOOD if format == "preferences" else TEXT
+    layout = TEXT if format in ("text", "responses") else LIKELIHOOD
     for found in encode_rows(rows, config, layout, tokenizer, counts, file="f.jsonl", document="0"):
         if isinstance(found, DataError):
             raise found
@@ -282,3 +282,61 @@ def test_pairs_that_become_equal_when_cut_are_dropped_and_counted():
 def test_reference_logprobs_of_texts_that_must_be_cut_are_refused():
     with pytest.raises(DataError, match="tokens must be cut"):
         preferences([([5], list(range(10, 50)), [6], (-1.0, -2.0))])
+
+
+def unpaired(rows, **options):
+    """Examples of (prompt, completion, label[, reference]) given as lists of ids."""
+    counts = ExampleCounts()
+    read = [
+        UnpairedRow(words(p), words(c), good, rest[0] if rest else None, i)
+        for i, (p, c, good, *rest) in enumerate(rows, start=1)
+    ]
+    return examples(read, "unpaired", WITH_BOS, counts, **{"row_length": 24} | options), counts
+
+
+def test_labelled_responses_of_one_prompt_become_all_pairs_of_good_and_bad():
+    rows = [
+        ([5], [10], True, -1.0),
+        ([6], [20], False, -5.0),
+        ([5], [11], False, -2.0),
+        ([5], [12], True, -3.0),
+        ([5], [13], False, -4.0),
+        ([7], [30], True, -6.0),
+        ([6], [21], True, -7.0),
+    ]
+    (one, other), counts = unpaired(rows)
+    assert [r.tolist() for r in one.responses] == [[10, EOS], [11, EOS], [12, EOS], [13, EOS]]
+    assert one.pairs == tuple(Pair(a, b, weight=0.25) for a, b in ((0, 1), (0, 3), (2, 1), (2, 3)))
+    assert one.reference == (-1.0, -2.0, -3.0, -4.0)
+    assert other.pairs == (Pair(1, 0),)
+    assert (counts.rows, counts.examples, counts.unpaired_left_out) == (7, 2, 1)
+
+
+def test_a_response_labelled_good_and_bad_is_no_pair_with_itself():
+    found, counts = unpaired([([5], [10], True), ([5], [10], False), ([5], [11], False)])
+    assert [example.pairs for example in found] == [(Pair(0, 1),)]
+    assert (counts.dropped_pairs, counts.unpaired_left_out) == (1, 0)
+
+
+def test_any_two_labelled_responses_fit_a_row_beside_their_prompt():
+    long = list(range(10, 60))
+    (example,), counts = unpaired([([5, 6], long, True), ([5, 6], long[1:], False)])
+    # 24 places, 2 of the prefix, and half of the rest.
+    assert [r.tolist() for r in example.responses] == [long[:11], long[1:12]]
+    assert (counts.cut_responses, counts.cut_tokens) == (2, 51 + 50 - 22)
+    (row,) = pack([example], row_shape(DataConfig(row_length=24), LIKELIHOOD))
+    assert int((row.batch.pair_weight != 0).sum()) == 1
+    with pytest.raises(DataError, match="tokens must be cut"):
+        unpaired([([5], long, True, -1.0)])
+    with pytest.raises(DataError, match="completion") as caught:
+        examples([UnpairedRow("w5", "", True, None, 4)], "unpaired", WITH_BOS, ExampleCounts())
+    assert caught.value.line == 4
+
+
+def test_ties_are_counted():
+    counts = ExampleCounts()
+    pairs = (Pair(0, 1, 0.5, 1 / 3), Pair(1, 2, 1.0, 1 / 3), Pair(0, 2, 0.5, 1 / 3))
+    row = PreferenceRow("w5", ("w6", "w7", "w8"), pairs, ("a", "b", "c"), "", None, 1)
+    (example,) = examples([row], "kway", WITH_BOS, counts, row_length=24)
+    assert example.pairs == pairs
+    assert counts.ties == 2

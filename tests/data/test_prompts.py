@@ -54,9 +54,11 @@ ELABORATE = (
     "    {% endif %}\n"
     "{% endfor %}{{ pad_token }}{{ unk_token }}"
 )
+TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}" + CHATML
 REWRITING = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 TEMPLATES = {
+    "tools": (TOOLS, None, "<|im_end|>"),
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "chatml": (CHATML, None, "<|im_end|>"),
     "chatml_base": (CHATML, None, "<|endoftext|>"),
@@ -187,6 +189,23 @@ def test_an_opening_that_no_given_response_has_is_left_out_for_all_alike(load):
         rendered = render(CHAT, response, load("opened"))
         assert rendered.prompt_text.endswith("<|im_start|>assistant\n")
         assert rendered.response_text == response + "<|im_end|>"
+
+
+def test_tools_before_the_messages_are_given_to_the_template(load, peer):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    chat = [{"role": "tools", "content": json.dumps(tools)}, *CHAT]
+    ours = apply_chat_template(chat, load("tools"), add_generation_prompt=True)
+    theirs = peer("tools").apply_chat_template(
+        CHAT, tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    assert ours == theirs
+    assert "weather" in ours
+    assert render(chat, "sunny", load("tools")).prompt_text == ours
+    with pytest.raises(UserError, match="does not write them"):
+        apply_chat_template(chat, load("chatml"))
+    for content in ("{", "{}", None):
+        with pytest.raises(UserError, match="must be a JSON list"):
+            apply_chat_template([{"role": "tools", "content": content}, *CHAT], load("tools"))
 
 
 def test_a_template_that_rewrites_history_is_refused(load):

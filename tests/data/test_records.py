@@ -27,8 +27,10 @@ from record_files import (
 
 from gram_jax.data import builtin, records
 from gram_jax.data.formats import line_blocks
+from gram_jax.data.json_array import ListLines
 from gram_jax.data.records import open_source
-from gram_jax.data.sources import detect_format, parse_row, read_jsonl
+from gram_jax.data.shapes import detect_format, parse_row
+from gram_jax.data.sources import read_jsonl
 from gram_jax.errors import DataError
 
 
@@ -68,6 +70,12 @@ def fault(spec, size=2000):
     return caught.value
 
 
+def write_list(path, rows, indent):
+    data = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else b"\xef\xbb\xbf\n " + data)
+    return path
+
+
 def write_all(folder):
     """The rows in every format; for each a spec."""
     raw = jsonl(ROWS).splitlines()
@@ -77,6 +85,9 @@ def write_all(folder):
         "jsonl": write_jsonl(folder / "a.jsonl", ROWS),
         "gz": write_jsonl(folder / "b.jsonl.gz", ROWS),
         "zst": write_jsonl(folder / "c.jsonl.zst", ROWS),
+        "json list": write_list(folder / "i.json", ROWS, 1),
+        "json list gz": write_list(folder / "j.json.gz", ROWS, None),
+        "json lines": write_jsonl(folder / "k.json", ROWS),
         "parquet": write_parquet(folder / "d.parquet", ROWS, row_group_size=25),
         "arrow": write_arrow(folder / "e.arrow", ROWS, batch=25),
         "arrow file": write_arrow(folder / "f.arrow", ROWS, new=pa.ipc.new_file, batch=25),
@@ -94,8 +105,8 @@ def specs(tmp_path_factory):
 
 
 KINDS = (
-    "jsonl", "gz", "zst", "parquet", "arrow", "arrow file", "array_record", "array_record 16",
-    "hugging face", "hugging face split", "tfds",
+    "jsonl", "gz", "zst", "json list", "json list gz", "json lines", "parquet", "arrow",
+    "arrow file", "array_record", "array_record 16", "hugging face", "hugging face split", "tfds",
 )  # fmt: skip
 
 
@@ -482,3 +493,58 @@ def test_importing_sources_and_records_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 16])
+def test_a_list_is_the_same_lines_however_its_bytes_come(chunk):
+    values = [
+        {"a": '"[{,}]"\\'},
+        {"b": [1, [2, {"c": "\\\\"}], ","]},
+        {"d": '\u2028é"', "e": {}},
+        {},
+    ]
+    for text in (json.dumps(values), json.dumps(values, indent=2, ensure_ascii=False)):
+        stream = ListLines(Pieces(f"  {text}\n\n".encode(), chunk))
+        lines = b"".join(iter(lambda stream=stream: stream.read1(1), b"")).split(b"\n")
+        assert [json.loads(line) for line in lines[:-1]] == values
+        assert lines[-1] == b""
+
+
+class Pieces:
+    """A stream that gives few bytes at once."""
+
+    def __init__(self, data, size):
+        self._pieces = (data[i : i + size] for i in range(0, len(data), size))
+
+    def read1(self, _):
+        return next(self._pieces, b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "good", "part"),
+    [
+        ('[{"a": 1}, {"a": 2}', 1, "the list is not closed"),
+        ('[{"a": 1}, {"a": "2}]', 1, "the list is not closed"),
+        ('[{"a": 1}, {"a": 2}] x', 2, "something follows"),
+        ('[{"a": 1}, 3, {"a": 2}]', 3, "JSON object is expected"),
+        ('[{"a": 1}, {"a": 2]]', 2, "not JSON"),
+        ('[{"a": 1},, {"a": 2}]', 3, "blank"),
+        ("[]", 0, "empty"),
+        (" ", 0, "empty"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_named_after_the_items_before_it(
+    tmp_path, content, good, part
+):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    found, fault = [], None
+    try:
+        for block in open_source(str(path)).blocks(1):
+            found += list(block.records())
+    except DataError as error:
+        fault = error
+    assert [number for number, _ in found] == list(range(1, good + 1))
+    bad = [record for _, record in found if isinstance(record, DataError)]
+    assert part in str(bad[0] if bad else fault)
+    assert not (bad and fault)

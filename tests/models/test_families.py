@@ -162,11 +162,16 @@ QWEN2_5_YARN = {
 }
 
 
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
+
+
 def test_known_models_have_their_known_sizes():
     llama = model_config(LLAMA_3_1_8B, "config.json")
     assert llama.num_parameters() == 8_030_261_248
     assert llama.head_dim == 128
     assert llama.rope_scaling.kind == "llama3"
+    classifier = model_config(LLAMA_3_1_8B | CLASSIFIER | {"num_labels": 1}, "config.json")
+    assert classifier.num_parameters() == llama.num_parameters() - 128256 * 4096
     qwen = model_config(QWEN2_5_YARN, "config.json")
     assert qwen.num_parameters() == 494_032_768
     assert qwen.qkv_bias and not qwen.output_bias and qwen.windows == ()
@@ -199,7 +204,12 @@ def test_yarn_scale_from_mscale_is_that_of_transformers():
         ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supported; known: Ll"),
         ({"architectures": None, "model_type": "gemma"}, "'gemma' is not supported; known: llama"),
         ({"architectures": ["MistralForCausalLM"]}, "disagree"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "is a classifier; the causal"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "'LlamaForTokenClassification' is"),
+        ({"architectures": ["GemmaForSequenceClassification"]}, "known: LlamaForSequenceClassific"),
+        (CLASSIFIER, "a classifier with 2 labels .* num_labels=1"),
+        (CLASSIFIER | {"num_labels": 3}, "a classifier with 3 labels"),
+        (CLASSIFIER | {"id2label": {"0": "a", "1": "b"}, "num_labels": 1}, "with 2 labels"),
+        (CLASSIFIER | {"num_labels": 1, "model_type": "qwen2"}, "disagree"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not"),
@@ -272,6 +282,7 @@ def model_configs(draw):
         rope_theta=draw(st.sampled_from([100.0, 1e6])),
         rope_scaling=draw(st.sampled_from(scalings)),
         tie_embeddings=draw(st.booleans()),
+        has_unembedding=draw(st.booleans()),
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
         mlp_bias=family == "llama" and draw(st.booleans()),

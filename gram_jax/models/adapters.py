@@ -11,7 +11,6 @@ model can be described before they are read.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -63,50 +62,59 @@ def attach(model: Decoder, adapters: Adapters, seed: int) -> Decoder:
     """
     twin = cast(Decoder, nnx.merge(*nnx.split(model)))
     (like,) = jax.tree.leaves(model.norm)
-    # The decoder's own weights come from the key itself.
-    head_key, lora_key = (jax.random.fold_in(jax.random.key(seed), i) for i in (1, 2))
     if not adapters.head and hasattr(twin, "head"):
         del twin.head
-    if adapters.head and not hasattr(twin, "head"):
-        twin.head = _placed(lambda: _new_head(model.config, head_key), MODEL_DIMS["head"], like)
+    head = adapters.head and not hasattr(twin, "head")
+    new = _placed(lambda: _new_weights(model.config, head, adapters.lora, seed), like)
+    for name, weight in new.items():
+        setattr(twin if name in MODEL_DIMS else twin.stacks[0], name, nnx.Param(weight))
     if adapters.lora is not None:
-        (stack,) = twin.stacks
-        _attach_lora(stack, model.config, adapters.lora, lora_key, like)
+        twin.stacks[0].lora_scale = adapters.lora.alpha / adapters.lora.rank
     return twin
 
 
-def _attach_lora(stack: Block, config: ModelConfig, lora: Lora, key: jax.Array, like: Any) -> None:
-    """A uniform within 1 / sqrt(inputs), B zero, so that the model begins as it was."""
-    stack.lora_scale = lora.alpha / lora.rank
-    for name, target_key in zip(
-        lora.targets, jax.random.split(key, len(lora.targets)), strict=True
+def _new_weights(
+    config: ModelConfig, head: bool, lora: Lora | None, seed: int
+) -> dict[str, jax.Array]:
+    """What a head and LoRA begin with, float32.
+
+    The head is small, so that rewards start near 0. A is uniform within 1 / sqrt(inputs), which is
+    He et al.'s with slope sqrt(5), as PEFT has it; B is zero, so that the model begins as it was.
+    """
+    # The decoder's own weights come from the key itself.
+    head_key, lora_key = (jax.random.fold_in(jax.random.key(seed), i) for i in (1, 2))
+    new: dict[str, jax.Array] = {}
+    if head:
+        noise = jax.random.normal(head_key, shape_of(MODEL_DIMS["head"], config), jnp.float32)
+        new["head"] = config.initializer_range * noise
+    if lora is None:
+        return new
+    for target, key in zip(
+        lora.targets, jax.random.split(lora_key, len(lora.targets)), strict=True
     ):
-        a, b = f"{name}_lora_a", f"{name}_lora_b"
-        shapes = {n: shape_of("L" + BLOCK_DIMS[n], config, lora.rank) for n in (a, b)}
-        # He et al.'s uniform with slope sqrt(5), as PEFT begins: sqrt(6 / ((1 + 5) inputs)).
-        bound = 1 / math.sqrt(math.prod(shapes[a][1:-1]))
-        uniform = functools.partial(
-            jax.random.uniform, target_key, shapes[a], minval=-bound, maxval=bound
-        )
-        setattr(stack, a, _placed(uniform, "L" + BLOCK_DIMS[a], like))
-        zeros = functools.partial(jnp.zeros, shapes[b])
-        setattr(stack, b, _placed(zeros, "L" + BLOCK_DIMS[b], like))
+        a, b = f"{target}_lora_a", f"{target}_lora_b"
+        shape_a, shape_b = (shape_of("L" + BLOCK_DIMS[name], config, lora.rank) for name in (a, b))
+        bound = 1 / math.sqrt(math.prod(shape_a[1:-1]))
+        new[a] = jax.random.uniform(key, shape_a, jnp.float32, -bound, bound)
+        new[b] = jnp.zeros(shape_b, jnp.float32)
+    return new
 
 
-def _placed(make: Callable[[], jax.Array], dims: str, like: Any) -> nnx.Param:
-    """A new weight on the devices of ``like``, or its description where that is one."""
-    sharding = like.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = named(cast(jax.sharding.Mesh, sharding.mesh), weight_spec(dims))
-    if isinstance(like, jax.ShapeDtypeStruct):
-        shape = jax.eval_shape(make)
-        return nnx.Param(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding))
-    return nnx.Param(jax.jit(make, out_shardings=sharding)())
-
-
-def _new_head(config: ModelConfig, key: jax.Array) -> jax.Array:
-    """A head [D], small, so that rewards start near 0."""
-    return config.initializer_range * jax.random.normal(key, (config.hidden_size,), jnp.float32)
+def _placed(make: Callable[[], dict[str, jax.Array]], like: Any) -> dict[str, Any]:
+    """New weights on the devices of ``like``, or their descriptions where that is one."""
+    shapes, places = jax.eval_shape(make), {}
+    for name in shapes:
+        places[name] = like.sharding
+        if isinstance(like.sharding, NamedSharding):
+            dims = MODEL_DIMS[name] if name in MODEL_DIMS else "L" + BLOCK_DIMS[name]
+            mesh = cast(jax.sharding.Mesh, like.sharding.mesh)
+            places[name] = named(mesh, weight_spec(dims))
+    if not isinstance(like, jax.ShapeDtypeStruct):
+        return jax.jit(make, out_shardings=places)()
+    return {
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=places[name])
+        for name, shape in shapes.items()
+    }
 
 
 def merged(model: Decoder) -> Decoder:

@@ -7,6 +7,7 @@ sequence classifier, any other as a causal language model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -70,7 +71,7 @@ def export(
     """
     folder = Path(folder).absolute()
     model = classifier(model) if hasattr(model, "head") else model
-    main_first(lambda: _check_unused(folder))
+    main_first(lambda: check_unused(folder))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}; the model's vocabulary ends"
@@ -85,28 +86,35 @@ def export(
         _write_weights(model, folder, info, max_shard_bytes)  # takes part; process 0 writes
         barrier("exported")
         return
-    # Written beside and renamed at the end: a folder of this name is always a whole one.
+    with whole_folder(folder) as partial:
+        write_object(partial / CONFIG, values)
+        if generation is not None:
+            write_object(partial / GENERATION, generation)
+        write_object(partial / "gram_config.json", gram_config)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        tokenizer.save(partial)
+        _write_weights(model, partial, info, max_shard_bytes)
+    barrier("exported")
+
+
+def check_unused(folder: Path) -> None:
+    """Raises UserError unless a folder can be written here."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty folder; export to a new one")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, beside ``folder`` and renamed at the end: it appears whole or not."""
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_object(partial / CONFIG, values)
-        if generation is not None:
-            _write_object(partial / GENERATION, generation)
-        _write_object(partial / "gram_config.json", gram_config)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        tokenizer.save(partial)
-        _write_weights(model, partial, info, max_shard_bytes)
+        yield partial
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    barrier("exported")
-
-
-def _check_unused(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; export to a new one")
 
 
 def _export_configs(
@@ -201,7 +209,7 @@ def _write_weights(model: Decoder, folder: Path, info: HfInfo, max_shard_bytes: 
         "total_parameters": sum(math.prod(entry.shape) for entry in entries),
         "total_size": sum(entry.num_bytes for entry in entries),
     }
-    _write_object(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+    write_object(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _entries(model: Decoder, info: HfInfo) -> Iterator[_Entry]:
@@ -294,6 +302,7 @@ def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_object(path: Path, values: dict[str, Any]) -> None:
+def write_object(path: Path, values: dict[str, Any]) -> None:
+    """A JSON file, as all that transformers reads here: indented, its names in order."""
     text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")

@@ -7,9 +7,6 @@ in peft's layout: A as [rank, inputs], B as [outputs, rank]. The base model itse
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gram_jax import __version__, hf
-from gram_jax.checkpoints import LoadedModel, candidates, first_whole, load_model, read_run_info
+from gram_jax.checkpoints import candidates, first_whole, load_model, read_run_info
 from gram_jax.config import ComputeConfig, Config, MeshConfig
 from gram_jax.distributed import barrier, is_main, main_first, process_count
 from gram_jax.errors import UserError
+from gram_jax.hf_export import check_unused, whole_folder, write_object
 from gram_jax.mesh import make_mesh, whole
 from gram_jax.model_card import gram_config
 from gram_jax.models.adapters import adapters_of
@@ -49,7 +47,7 @@ def export_adapter(checkpoint: str | Path, output: str | Path, base: str = "") -
         Hugging Face folder, or the output folder is in use.
     """
     folder = Path(output).absolute()
-    main_first(lambda: _check_unused(folder))
+    main_first(lambda: check_unused(folder))
     base = _check(checkpoint, base)
     # Several processes hold a model together, each a part.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1)) if process_count() > 1 else None
@@ -57,9 +55,15 @@ def export_adapter(checkpoint: str | Path, output: str | Path, base: str = "") -
     assert loaded.config is not None
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         tensors = adapter_tensors(loaded.model)
+    described = gram_config(loaded, stored_settings(checkpoint))
     if is_main():
-        described = gram_config(loaded, stored_settings(checkpoint))
-        _write(folder, loaded, loaded.config, described, tensors, base)
+        with whole_folder(folder) as partial:
+            write_object(partial / CONFIG, adapter_config(loaded.config, base))
+            write_object(partial / "gram_config.json", described)
+            card = _card(loaded.config, base, classifier=hasattr(loaded.model, "head"))
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            loaded.tokenizer.save(partial)
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
     barrier("adapter exported")
     return Path(output)
 
@@ -127,41 +131,6 @@ def _module(name: str) -> str:
     return tensor_name(name).removesuffix(".weight").rpartition(".")[2]
 
 
-def _check_unused(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; export to a new one")
-
-
-def _write(
-    folder: Path,
-    loaded: LoadedModel,
-    run: Config,
-    described: dict[str, Any],
-    tensors: dict[str, np.ndarray],
-    base: str,
-) -> None:
-    # Written beside and renamed at the end: a folder of this name is always a whole one.
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    objects = {
-        CONFIG: adapter_config(run, base),
-        "gram_config.json": described,
-    }
-    try:
-        for name, values in objects.items():
-            text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
-            (partial / name).write_text(text + "\n", encoding="utf-8")
-        card = _card(run, base, classifier=hasattr(loaded.model, "head"))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        loaded.tokenizer.save(partial)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _card(run: Config, base: str, *, classifier: bool) -> str:
     """The text of README.md."""
     auto, options = "AutoModelForCausalLM", ""
@@ -176,8 +145,8 @@ tags: [reward-model, gram_jax, lora]
 # A reward model as a LoRA adapter
 
 Matrices of rank {run.train.lora_rank} beside {", ".join(run.train.lora_targets)} of every block,
-trained with gram_jax {__version__}, objective `{run.objective.name}`. `gram_config.json` says what
-the reward is.
+made with gram_jax {__version__}, objective `{run.objective.name}`.
+`gram_config.json` says what the reward is.
 
 ## Use
 

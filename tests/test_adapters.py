@@ -275,6 +275,15 @@ def test_the_adapter_of_a_reward_head_is_peft_s_sequence_classifier(lora_export,
     assert np.std(expected) > 1e-3
 
 
+def test_the_export_of_a_reward_head_gives_transformers_a_merged_classifier(head, tmp_path):
+    folder = export_checkpoint(head, tmp_path / "classifier")
+    auto = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        found = model(torch.tensor(TOKENS)).logits[:, 0].numpy()
+    close(found, np.asarray(our_scores(load_model(head, tiny.COMPUTE).model, plain_batch())))
+
+
 def test_a_run_from_a_lora_checkpoint_starts_from_the_merged_model(lora, head):
     """The weights that it holds frozen are the merged ones."""
     start, after = load_model(lora, tiny.COMPUTE).model, load_model(head, tiny.COMPUTE, merge=False)

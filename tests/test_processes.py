@@ -92,6 +92,15 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+# A shell cannot trap what it was started ignoring, and jobs in the background ignore SIGINT.
+HEARS_SIGINT = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    " os.execvp(sys.argv[1], sys.argv[1:])",
+]
+
+
 def start(command, processes=2, **environment):
     """Processes that compute together, through the launcher."""
     fast = {
@@ -103,7 +112,7 @@ def start(command, processes=2, **environment):
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     return subprocess.Popen(
-        [*LAUNCH, str(processes), *map(str, command)],
+        [*HEARS_SIGINT, *LAUNCH, str(processes), *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", **fast, **environment},
         stdout=subprocess.PIPE,

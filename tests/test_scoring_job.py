@@ -99,13 +99,10 @@ def read(path):
     return [json.loads(line) for line in data.decode().splitlines()]
 
 
-def score(tmp_path, rows, loaded, name="out.jsonl", source="in.jsonl", **settings):
+def score(tmp_path, rows, loaded, name="out.jsonl", source="in.jsonl", per_token=False, **settings):
     """Runs a job over these rows; returns (rows written, result)."""
-    path = write(tmp_path / source, rows)
-    settings = {"row_length": 128, "batch_rows": 2} | settings
-    per_token = settings.pop("per_token", False)
-    reward = RewardSettings(**settings)
-    output = str(tmp_path / name)
+    path, output = write(tmp_path / source, rows), str(tmp_path / name)
+    reward = RewardSettings(**{"row_length": 128, "batch_rows": 2} | settings)
     job = ScoringJob(input=path, output=output, reward=reward, per_token=per_token)
     result = run_job(job, lambda: loaded, stream=io.StringIO())
     return read(tmp_path / name), result

@@ -13,4 +13,4 @@ def write(path, rows):
 def read(path):
     data = path.read_bytes()
     text = gzip.decompress(data) if path.suffix == ".gz" else data
-    return [json.loads(line) for line in text.decode().splitlines()]
+    return [json.loads(line) for line in text.splitlines()]

@@ -89,7 +89,7 @@ def write(path, rows):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 # A shell cannot trap what it was started ignoring, and jobs in the background ignore SIGINT.

@@ -96,7 +96,7 @@ def read(path):
     data = Path(path).read_bytes()
     if str(path).endswith(".gz"):
         data = gzip.decompress(data)
-    return [json.loads(line) for line in data.decode().splitlines()]
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def score(tmp_path, rows, loaded, name="out.jsonl", source="in.jsonl", per_token=False, **settings):

@@ -1,6 +1,7 @@
 """Judge and head: scores and losses are those of all logits, of PyTorch, and on every mesh."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from gram_jax.packing import pack
 from gram_jax.pair import Pair
 from gram_jax.readouts import Readout, read
 from gram_jax.rows import Example, RowShape, check_batch, stack_rows
+from gram_jax.scoring import score_rows
 from gram_jax.training import init_state, make_optimizer, make_train_step, split_model
 
 S, P, T = 12, 8, 96
@@ -107,6 +109,16 @@ def test_a_score_is_that_of_the_sequence_alone_at_its_last_token(kind, readout):
             hidden = np.asarray(alone(by_key[key].prompt, by_key[key].responses[i]), np.float64)
             expected = hidden @ (u[LABELS[0]] - u[LABELS[1]] if readout is JUDGE else w)
             assert abs(got[b, s] - expected) <= 1e-5 * max(1, abs(expected))
+
+
+def test_a_judge_and_a_head_do_not_meet_the_vocabulary():
+    """The only arrays that are as wide as it are the weights."""
+    for kind, readout in (("judge", JUDGE), ("preferences", HEAD)):
+        batch = stack_rows([row.batch for row in rows(kind)[1]])
+        traced = jax.make_jaxpr(score_rows, static_argnums=(2, 3))(model(), batch, readout, False)
+        shapes = re.findall(r"\[([\d,]+)\]", str(traced))
+        wide = {shape for shape in shapes if str(tiny.VOCAB) in shape.split(",")}
+        assert wide == {f"{tiny.VOCAB},32"}
 
 
 def losses(kind, name, shape=LAST, **options):

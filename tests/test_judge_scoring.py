@@ -14,6 +14,7 @@ from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
 from gram_jax.data.builtin import reference_topics
 from gram_jax.data.judge import JudgeTemplate, label_ids
+from gram_jax.data.judge_prompts import encode_comparisons
 from gram_jax.errors import DataError, UserError
 from gram_jax.scorer import Question, RewardSettings, Scorer, judge_probability
 from gram_jax.scoring_job import ScoringJob, run_job
@@ -114,8 +115,27 @@ def test_p_of_a_is_that_of_transformers_in_both_orders(judge, pairs, peers):
     np.testing.assert_allclose(rewards.sum(axis=1), 1, atol=1e-6)
     assert (rewards[:, 0] > rewards[:, 1]).any() and (rewards[:, 0] < rewards[:, 1]).any()
     assert summary.pairs["n"] == len(pairs)
-    # Comparisons of one question share its part of the prompt, and so do both orders of one.
-    assert summary.tokens_computed < 0.95 * summary.tokens
+
+
+def test_comparisons_of_a_question_share_its_part_of_the_prompt(judge, pairs):
+    """In one row: the shared beginning once, and its last token before each rest."""
+    folder, _ = judge
+    row, third = pairs[0], pairs[3]["chosen"]
+    rows = [row, row | {"rejected": third}]
+    _, summary = score(folder, rows, "shared", row_length=1024, batch_rows=1)
+    found = encode_comparisons(
+        JudgeTemplate.load(folder / "template.toml"),
+        row["prompt"],
+        [row["chosen"], row["rejected"], third],
+        [(0, 1), (0, 2)],
+        load_model(folder, COMPUTE).tokenizer,
+        max_length=1024,
+    )
+    prefix = len(found[0].prefix)
+    rests = [len(rest) for one in found for rest in (one.forward, one.backward)]
+    assert prefix > 60 and prefix - 1 + sum(rests) + 4 <= 1024  # all four fit one row
+    assert summary.tokens == 4 * prefix + sum(rests)
+    assert summary.tokens_computed == prefix - 1 + sum(n + 1 for n in rests)
 
 
 def test_swapping_the_responses_swaps_the_rewards(judge, pairs):

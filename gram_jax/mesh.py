@@ -61,6 +61,26 @@ def gathered(weight: jax.Array, dims: str) -> jax.Array:
     return jax.reshard(weight, P(*(None if d == "D" else _WEIGHT_AXES.get(d) for d in dims)))
 
 
+def per_device(local: Any, signature: str) -> Any:
+    """``local`` on each device's share of the rows and heads; on whole arrays without a mesh.
+
+    For kernels, which the compiler cannot split. ``signature`` names the dimensions of its arrays,
+    e.g. ``BTHE,BT->BTHE``; nothing may depend on what other devices hold.
+    """
+    if _no_mesh():
+        return local
+    inputs, outputs = (
+        tuple(activation_spec(dims) for dims in side.split(",")) for side in signature.split("->")
+    )
+    # A kernel does not say over which axes its results vary; all of them do.
+    return jax.shard_map(
+        local,
+        in_specs=inputs,
+        out_specs=outputs if len(outputs) > 1 else outputs[0],
+        check_vma=False,
+    )
+
+
 def _no_mesh() -> bool:
     return bool(jax.sharding.get_abstract_mesh().empty)
 

@@ -122,6 +122,12 @@ class ComputeConfig:
         resume=FREE,
         choices=("auto", "float32", "bfloat16"),
     )
+    attention: str = setting(
+        "auto",
+        "Backend of attention: auto = blocks on CPU, splash on TPU, else xla, the reference.",
+        resume=FREE,
+        choices=("auto", "xla", "blocks", "splash"),
+    )
     remat: str = setting(
         "none",
         "What is recomputed in the backward pass: none, full (all), matmuls (all but products).",

@@ -21,15 +21,8 @@ from flax import nnx
 from gram_jax.config import ComputeConfig, ModelConfig
 from gram_jax.errors import UserError
 from gram_jax.mesh import gathered, named, out_spec, weight_spec
-from gram_jax.models.attention import (
-    FULL,
-    attention,
-    mask_bias,
-    rope_tables,
-    rotate,
-    row_mask,
-    window_mask,
-)
+from gram_jax.models.attention import FULL, rope_tables, rotate
+from gram_jax.models.backends import Attend, attention_of, backend
 from gram_jax.rows import Batch
 
 BLOCK_DIMS = {
@@ -129,7 +122,7 @@ class Block(nnx.Module):
             setattr(self, name, nnx.Param(_initial(name, BLOCK_DIMS[name], config, subkey)))
 
     def __call__(
-        self, x_btd: jax.Array, cos: jax.Array, sin: jax.Array, bias_bts: jax.Array, dtype: Any
+        self, x_btd: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, dtype: Any
     ) -> jax.Array:
         c = self.config
 
@@ -157,7 +150,7 @@ class Block(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, use("q_norm"), c.norm_eps)
             k = rms_norm(k, use("k_norm"), c.norm_eps)
-        mixed = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, bias_bts)
+        mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         out = project(mixed, "o", "BTHE", "BTD")
         x_btd = x_btd + (out + use("o_bias") if c.output_bias else out)
 
@@ -209,17 +202,14 @@ class Decoder(nnx.Module):
         """Final, normalised hidden states [B, T, D] in the compute dtype. Ignores target fields."""
         dtype = compute_dtype(self.compute)
         cos, sin = rope_tables(self.config, batch.positions)
-        mask_bts = row_mask(batch.segment_ids, batch.branch_ids)
-        full_bias = mask_bias(mask_bts)
+        attend_within = attention_of(batch, backend(self.compute.attention))
+        attend_all = None if self.config.windows else attend_within(None)
         table = gathered(self.embedding[...], "VD")
         x_btd = table.at[batch.tokens].get(out_sharding=out_spec("BTD")).astype(dtype)
 
         def body(x: jax.Array, layer: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, window = layer
-            bias = full_bias
-            if self.config.windows:
-                bias = mask_bias(mask_bts & window_mask(batch.positions, window))
-            return block(x, cos, sin, bias, dtype), None
+            return block(x, cos, sin, attend_all or attend_within(window), dtype), None
 
         body = _remat(body, self.compute.remat)
         windows = np.array(self.config.windows or (0,) * self.config.num_layers, np.int32)

@@ -1,0 +1,57 @@
+"""Which attention computes a row: one function per backend, all equal to the reference.
+
+xla     the reference (gram_jax/models/attention.py): scores of a whole row at once
+blocks  blocks of keys that a block of queries sees (gram_jax/models/attention_blocks.py)
+splash  splash attention, on TPU alone (gram_jax/models/attention_tpu.py)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from gram_jax.models.attention import attention, mask_bias, row_mask, window_mask
+from gram_jax.models.attention_blocks import block_attention, block_view
+from gram_jax.models.attention_tpu import splash_attention, splash_view
+from gram_jax.rows import Batch
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(q [B, T, H, E], k and v [B, T, K, E]) -> [B, T, H, E]."""
+
+
+def backend(name: str) -> str:
+    """The backend that ``compute.attention`` names; auto is the fastest of this platform."""
+    if name != "auto":
+        return name
+    return {"cpu": "blocks", "tpu": "splash"}.get(jax.default_backend(), "xla")
+
+
+def attention_of(batch: Batch, name: str) -> Callable[[jax.Array | None], Attend]:
+    """Attention over B rows, for layers of one window: what depends on the rows is made once.
+
+    Args:
+      batch: rows.
+      name: a backend.
+
+    Returns:
+      A function of a sliding window (None = a layer sees everything) that returns the attention
+      of layers with that window.
+    """
+    rows = (batch.segment_ids, batch.branch_ids, batch.positions)
+    if name == "blocks":
+        return lambda window: functools.partial(block_attention, view=block_view(*rows, window))
+    if name == "splash":
+        # Whether a row has branches is not known when it is compiled: stage 1 has rows of both.
+        return lambda window: functools.partial(
+            splash_attention,
+            view=splash_view(*rows, window=0 if window is None else window, has_branches=True),
+        )
+    mask_bts = row_mask(batch.segment_ids, batch.branch_ids)
+
+    def reference(window: jax.Array | None) -> Attend:
+        seen = mask_bts if window is None else mask_bts & window_mask(batch.positions, window)
+        return functools.partial(attention, bias_bts=mask_bias(seen))
+
+    return reference

@@ -28,7 +28,7 @@ from gram_jax.versions import versions
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "gram_jax"
 TOLERANCE = 1e-4
-"""Largest |a - b| / max(1, |b|) between the numbers of two sides: scores, losses, gradient norms."""
+"""Largest |a - b| / max(1, |b|) between numbers of two sides: scores, losses, gradient norms."""
 
 _PEERS = ("torch", "transformers")
 # Threads of the side that has just finished spin for a moment before they sleep.

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-SIZE, PRODUCTS, REPETITIONS = 2048, 3, 7
+SIZE, PRODUCTS, REPETITIONS = 2048, 3, 5
 
 
 def measure(products: Callable[[], Any]) -> float:

@@ -22,9 +22,9 @@ from benchmarks import peak, workloads
 Found = tuple[list[float], dict[str, Any]]
 Sequence = tuple[list[int], list[int]]
 
-BATCH_TOKENS = (512, 1024, 2048, 4096, 8192)
+BATCH_TOKENS = (512, 1024, 2048, 4096)
 """Tokens of a batch, padding included, that are tried."""
-_TRIAL_TOKENS = 8192
+_TRIAL_TOKENS = 4096
 
 
 class _Peer:
@@ -76,7 +76,7 @@ class Scoring(_Peer):
             began = time.perf_counter()
             self._score(variant, some, budget)
             seconds[budget] = time.perf_counter() - began
-            if seconds[budget] > 1.3 * min(seconds.values()):
+            if seconds[budget] > 1.15 * min(seconds.values()):
                 break  # larger ones are slower still
         self._budget[variant] = min(seconds, key=lambda budget: seconds[budget])
         return [], {"tried": {str(k): round(v, 3) for k, v in seconds.items()}}

@@ -21,15 +21,17 @@ from gram_jax import entry
 from gram_jax.encoding import Encoder
 
 _SHAPE = flags.DEFINE_enum("shape", "56M", ["56M", "254M"], "The model.")
-_TOKENS = flags.DEFINE_integer("tokens", 0, "Tokens to score; 0 = 12000 for 56M, 4000 for 254M.")
+_TOKENS = flags.DEFINE_integer("tokens", 0, "Tokens to score; 0 = 8000 for 56M, 4000 for 254M.")
 
 TARGET = 2.5
+# The larger model takes so long that the one is left out that no target is about.
+_VARIANTS = {"56M": ("plain", "careful"), "254M": ("plain",)}
 
 
 def main(_: list[str]) -> None:
     """Measures, prints and writes."""
     shape = _SHAPE.value
-    tokens = 600 if is_small() else _TOKENS.value or {"56M": 12000, "254M": 4000}[shape]
+    tokens = 600 if is_small() else _TOKENS.value or {"56M": 8000, "254M": 4000}[shape]
     with setting(shape) as s:
         encoder = Encoder(
             tokenizer=s.tokenizer, reading="likelihood", max_length=s.config.max_position
@@ -46,7 +48,7 @@ def main(_: list[str]) -> None:
             peak = measure_peak(ours, peer)
             timings, difference = compare(
                 ours,
-                {"plain": (peer, "plain"), "careful": (peer, "careful")},
+                {name: (peer, name) for name in _VARIANTS[shape]},
                 repetitions=s.repetitions,
                 work=work,
                 unit="tokens",

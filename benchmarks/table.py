@@ -48,7 +48,7 @@ def _timings(case: Case) -> Table:
     ours = case.timings[0]
     rows = []
     for timing in case.timings:
-        times = f"{timing.median:.2f} ({min(timing.seconds):.2f}-{max(timing.seconds):.2f})"
+        times = f"{timing.median:.3g} ({min(timing.seconds):.3g}-{max(timing.seconds):.3g})"
         padding = timing.facts.get("padding")
         rows.append(
             (
@@ -82,7 +82,7 @@ def _reached(target: Target) -> str:
 
 
 def _amount(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "%" else f"{value:.3g}{unit}"
+    return f"{value:.1%}" if unit == "%" else f"{value:.2f}{unit}"
 
 
 def _main() -> None:

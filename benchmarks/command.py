@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
+from benchmarks import peak
 from benchmarks.corpus import corpus_folder, corpus_tokenizer
 from benchmarks.harness import check_peer, result, say
 from benchmarks.models import SHAPES, write_model
@@ -44,6 +45,7 @@ class Setting:
       config: its shape.
       scratch: a folder for the benchmark's own files.
       repetitions: of each side.
+      peak_size: of the matrices whose product is the yardstick.
     """
 
     data: Path
@@ -52,6 +54,7 @@ class Setting:
     config: ModelConfig
     scratch: Path
     repetitions: int
+    peak_size: int
 
 
 def is_small() -> bool:
@@ -80,14 +83,15 @@ def setting(shape: str) -> Iterator[Setting]:
             config=config,
             scratch=Path(folder),
             repetitions=1 if is_small() else _REPETITIONS.value,
+            peak_size=128 if is_small() else peak.SIZE,
         )
 
 
-def finish(benchmark: str, peak: dict[str, float], cases: list[Case]) -> None:
+def finish(benchmark: str, flops: dict[str, float], cases: list[Case]) -> None:
     """Writes the result and prints its table."""
     command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
     path = Path(_OUTPUT.value or f"runs/benchmarks/{benchmark}.json")
-    found = result(benchmark, command, peak, cases)
+    found = result(benchmark, command, flops, cases)
     found.write(path)
     print(text(found))
     say(f"written to {path}")

@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
             Worker("ours:Training", **both, row_length=0) as ours,
             Worker("peer:Training", **both, **optimizer_arguments()) as peer,
         ):
-            peak = measure_peak(ours, peer)
+            peak = measure_peak(ours, peer, s.peak_size)
             timings, difference = compare(
                 ours,
                 {"peer": (peer, "plain")},

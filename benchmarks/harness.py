@@ -56,8 +56,9 @@ class Worker:
             env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
         )
 
+        self._is_ready = False
+
     def __enter__(self) -> Worker:
-        self._answer()
         return self
 
     def __exit__(
@@ -73,6 +74,16 @@ class Worker:
         self._process.wait()
         self._process.stdout.close()
 
+    def ready(self) -> None:
+        """Waits until the side is made; sides that are started together load side by side.
+
+        Raises:
+          UserError: it cannot be made.
+        """
+        if not self._is_ready:
+            self._answer()
+            self._is_ready = True
+
     def call(self, method: str, *arguments: Any) -> Answer:
         """Has the side do something, and waits for it.
 
@@ -80,6 +91,7 @@ class Worker:
           UserError: it says that it cannot, or it ended.
         """
         assert self._process.stdin is not None
+        self.ready()
         time.sleep(_PAUSE)
         try:
             print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
@@ -151,6 +163,8 @@ def compare(
         say(f"  {repetition + 1}/{repetitions}: {times}")
         for name, answer in answers.items():
             runs[name].append(answer)
+            if answer.compile_seconds:
+                say(f"  {name} compiled again, which its time includes")
     timings = [
         Timing(
             side=name,
@@ -185,9 +199,12 @@ def agree(answers: dict[str, Answer]) -> float:
     return largest
 
 
-def measure_peak(ours: Worker, peer: Worker) -> dict[str, float]:
-    """FLOP/s of float32 matrix products, by library; see peak.py."""
-    peak = {"XLA": ours.call("peak").numbers[0], "PyTorch": peer.call("peak").numbers[0]}
+def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:
+    """FLOP/s of float32 matrix products of this size, by library; see peak.py."""
+    ours.ready()
+    peer.ready()
+    sides = {"XLA": ours, "PyTorch": peer}
+    peak = {name: side.call("peak", size).numbers[0] for name, side in sides.items()}
     found = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peak.items())
     say(f"  matrix products: {found}")
     return peak

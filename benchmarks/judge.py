@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
             Worker("ours:Scoring", **both, reading="judge") as ours,
             Worker("peer:Scoring", **both, labels=list(labels)) as peer,
         ):
-            peak = measure_peak(ours, peer)
+            peak = measure_peak(ours, peer, s.peak_size)
             timings, difference = compare(
                 ours,
                 {"careful": (peer, "careful"), "plain": (peer, "plain")},

@@ -14,12 +14,12 @@ from typing import Any
 SIZE, PRODUCTS, REPETITIONS = 2048, 3, 5
 
 
-def measure(products: Callable[[], Any]) -> float:
-    """FLOP/s of ``products``, which makes PRODUCTS of them and waits for the last."""
+def measure(products: Callable[[], Any], size: int) -> float:
+    """FLOP/s of ``products``, which makes PRODUCTS of this size and waits for the last."""
     products()
     seconds = []
     for _ in range(REPETITIONS):
         began = time.perf_counter()
         products()
         seconds.append(time.perf_counter() - began)
-    return 2 * SIZE**3 * PRODUCTS / statistics.median(seconds)
+    return 2 * size**3 * PRODUCTS / statistics.median(seconds)

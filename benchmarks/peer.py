@@ -39,16 +39,16 @@ class _Peer:
             model, dtype=torch.float32, attn_implementation="sdpa"
         )
 
-    def peak(self) -> Found:
+    def peak(self, size: int) -> Found:
         """Measures the peak with PyTorch."""
-        left, right = torch.randn((2, peak.SIZE, peak.SIZE))
+        left, right = torch.randn((2, size, size))
 
         def products() -> None:
             x = left
             for _ in range(peak.PRODUCTS):
-                x = x @ right / peak.SIZE
+                x = x @ right / size
 
-        return [peak.measure(products)], {}
+        return [peak.measure(products, size)], {}
 
 
 class Scoring(_Peer):

@@ -42,7 +42,7 @@ def main(_: list[str]) -> None:
             Worker("ours:Training", **both, row_length=length) as ours,
             Worker("peer:Training", **both, **optimizer_arguments()) as peer,
         ):
-            peak = measure_peak(ours, peer)
+            peak = measure_peak(ours, peer, s.peak_size)
             timings, difference = compare(
                 ours,
                 {"peer": (peer, "plain")},

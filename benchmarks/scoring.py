@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
             Worker("ours:Scoring", **both, reading="likelihood") as ours,
             Worker("peer:Scoring", **both, labels=[]) as peer,
         ):
-            peak = measure_peak(ours, peer)
+            peak = measure_peak(ours, peer, s.peak_size)
             timings, difference = compare(
                 ours,
                 {name: (peer, name) for name in _VARIANTS[shape]},

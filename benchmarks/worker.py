@@ -47,8 +47,8 @@ class Side(Protocol):
 
     def warm_up(self) -> tuple[list[float], dict[str, Any]]: ...
 
-    def peak(self) -> tuple[list[float], dict[str, Any]]:
-        """Measures FLOP/s of a matrix product; the only number."""
+    def peak(self, size: int) -> tuple[list[float], dict[str, Any]]:
+        """Measures FLOP/s of products of [size, size] matrices; the only number."""
         ...
 
 

@@ -2,10 +2,10 @@
 
 import gzip
 import json
-import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +19,15 @@ from benchmarks.preferences import padded_places
 from benchmarks.results import Result
 from gram_jax.encoding import Encoder
 from gram_jax.errors import UserError
+
+SIDES = {
+    "scoring": ["gram_jax", "plain", "careful"],
+    "shared_prefix": ["gram_jax", "plain", "careful"],
+    "judge": ["gram_jax", "careful", "plain"],
+    "pretraining": ["gram_jax", "peer"],
+    "finetuning": ["gram_jax", "peer"],
+    "preferences": [],
+}
 
 
 def write(path, rows):
@@ -47,52 +56,45 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    # The tests' eight devices are not what is measured on.
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
-def run(name, data, tmp_path):
-    output = tmp_path / "result.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--small"]
-    done = subprocess.run(
-        [*command, f"--data={data}", f"--output={output}"],
-        cwd=ROOT,
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "target" in done.stdout
-    return Result.read(output)
+@pytest.fixture(scope="module")
+def results(data, tmp_path_factory):
+    """The result of every benchmark by name; two run at a time, as most of it is imports."""
+    folder = tmp_path_factory.mktemp("results")
+    corpus_tokenizer(data, 512)  # now, as both would train it
+
+    def run(name):
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--small", f"--data={data}"]
+        command.append(f"--output={folder / name}.json")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "target" in done.stdout
+        return Result.read(folder / f"{name}.json")
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SIDES, pool.map(run, SIDES), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "sides"),
-    [
-        ("scoring", ["gram_jax", "plain", "careful"]),
-        ("shared_prefix", ["gram_jax", "plain", "careful"]),
-        ("judge", ["gram_jax", "careful", "plain"]),
-        ("pretraining", ["gram_jax", "peer"]),
-        ("finetuning", ["gram_jax", "peer"]),
-    ],
-)
-def test_both_sides_of_a_benchmark_agree(name, sides, data, tmp_path):
-    result = run(name, data, tmp_path)
-    (case,) = result.cases
-    assert [timing.side for timing in case.timings] == sides
+@pytest.mark.parametrize("name", [name for name, sides in SIDES.items() if sides])
+def test_both_sides_of_a_benchmark_agree(name, results):
+    (case,) = results[name].cases
+    assert [timing.side for timing in case.timings] == SIDES[name]
     assert 0 < case.difference < 1e-4
     assert all(timing.work > 0 and timing.median > 0 for timing in case.timings)
-    assert result.peak["XLA"] > 0 and result.peak["PyTorch"] > 0
-    assert {"torch", "transformers", "jax"} <= result.versions.keys()
+    assert results[name].peak["XLA"] > 0 and results[name].peak["PyTorch"] > 0
+    assert {"torch", "transformers", "jax"} <= results[name].versions.keys()
 
 
-def test_a_preference_file_costs_less_where_prompts_are_shared(data, tmp_path):
-    result = run("preferences", data, tmp_path)
-    assert [case.name for case in result.cases] == ["as it is", "prompts side by side"]
-    for case in result.cases:
+def test_a_preference_file_is_counted_in_both_orders(results):
+    cases = results["preferences"].cases
+    assert [case.name for case in cases] == ["as it is", "prompts side by side"]
+    for case in cases:
         assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
 
 
@@ -142,6 +144,9 @@ def test_another_models_numbers_are_refused(data, tmp_path):
 
 
 def test_a_worker_says_what_a_user_can_do(tmp_path):
-    with pytest.raises(UserError, match=r"there is no such folder"):  # noqa: SIM117
-        with Worker("ours:Scoring", model=str(tmp_path / "no"), questions="", reading="likelihood"):
-            pass
+    missing = str(tmp_path / "no")
+    with (
+        Worker("ours:Scoring", model=missing, questions="", reading="likelihood") as worker,
+        pytest.raises(UserError, match=r"there is no such folder"),
+    ):
+        worker.ready()

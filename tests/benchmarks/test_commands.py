@@ -1,0 +1,152 @@
+"""Benchmarks from end to end on a tiny model: they run, and both sides compute the same."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from benchmarks import workloads
+from benchmarks.corpus import corpus_tokenizer, preference_rows
+from benchmarks.harness import ROOT, Worker, compare
+from benchmarks.models import SHAPES, write_model
+from benchmarks.preferences import padded_places
+from benchmarks.results import Result
+from gram_jax.encoding import Encoder
+from gram_jax.errors import UserError
+
+SIDES = {
+    "scoring": ["gram_jax", "plain", "careful"],
+    "shared_prefix": ["gram_jax", "plain", "careful"],
+    "judge": ["gram_jax", "careful", "plain"],
+    "pretraining": ["gram_jax", "peer"],
+    "finetuning": ["gram_jax", "peer"],
+    "preferences": [],
+}
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder as --data names it: words from a small vocabulary, three pairs a prompt."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(80)]
+
+    def text(count):
+        return " ".join(rng.choices(words, k=count))
+
+    write(folder / "text" / "train.jsonl.gz", [{"text": text(400)} for _ in range(12)])
+    prompts = [text(rng.randint(3, 20)) for _ in range(10)]
+    pairs = [
+        {"prompt": prompt, "chosen": text(rng.randint(3, 40)), "rejected": text(20)}
+        for prompt in prompts
+        for _ in range(3)
+    ]
+    write(folder / "preferences" / "train.jsonl.gz", pairs)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(data, tmp_path_factory):
+    """The result of every benchmark by name; two run at a time, as most of it is imports."""
+    folder = tmp_path_factory.mktemp("results")
+    corpus_tokenizer(data, 512)  # now, as both would train it
+
+    def run(name):
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--small", f"--data={data}"]
+        command.append(f"--output={folder / name}.json")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "target" in done.stdout
+        return Result.read(folder / f"{name}.json")
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SIDES, pool.map(run, SIDES), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, sides in SIDES.items() if sides])
+def test_both_sides_of_a_benchmark_agree(name, results):
+    (case,) = results[name].cases
+    assert [timing.side for timing in case.timings] == SIDES[name]
+    assert 0 < case.difference < 1e-4
+    assert all(timing.work > 0 and timing.median > 0 for timing in case.timings)
+    assert results[name].peak["XLA"] > 0 and results[name].peak["PyTorch"] > 0
+    assert {"torch", "transformers", "jax"} <= results[name].versions.keys()
+
+
+def test_a_preference_file_is_counted_in_both_orders(results):
+    cases = results["preferences"].cases
+    assert [case.name for case in cases] == ["as it is", "prompts side by side"]
+    for case in cases:
+        assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
+
+
+def test_padded_places_are_counted_as_the_peer_pads():
+    # Sorted: (7, 5) -> 14 places, as a third would make 21; (3, 2, 2) -> 9.
+    assert padded_places([2, 7, 3, 5, 2], 14) == 14 + 9
+    assert padded_places([30], 14) == 30
+
+
+def test_text_of_a_workload_has_the_ids_it_says(data):
+    tokenizer = corpus_tokenizer(data, 512)
+    encoder = Encoder(tokenizer=tokenizer, reading="likelihood", max_length=512)
+    (asked,) = workloads.best_of(data, encoder, 1, prompt=32, responses=2, response=16)
+    prompt, response = asked.sequences[1]
+    assert prompt == tokenizer.encode_prompt(asked.prompt) and abs(len(prompt) - 32) <= 2
+    assert response == tokenizer.encode_response(asked.responses[1])
+    assert workloads.num_tokens([asked]) == sum(len(a) + len(b) for a, b in asked.sequences)
+
+
+def test_separate_pairs_have_no_prompt_twice(data):
+    encoder = Encoder(tokenizer=corpus_tokenizer(data, 512), reading="likelihood", max_length=512)
+    asked = workloads.separate_pairs(data, encoder, 10_000)
+    assert len({one.prompt for one in asked}) == len(asked) == 10
+    assert len(list(preference_rows(data))) == 30
+
+
+def test_another_models_numbers_are_refused(data, tmp_path):
+    tokenizer = corpus_tokenizer(data, 512)
+    encoder = Encoder(tokenizer=tokenizer, reading="likelihood", max_length=512)
+    workloads.save(tmp_path / "q.json", workloads.separate_pairs(data, encoder, 300))
+    for name in ("one", "other"):
+        write_model(tmp_path / name, SHAPES["tiny"], tokenizer)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"] *= np.float32(1.01)
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    questions = str(tmp_path / "q.json")
+    with (
+        Worker(
+            "ours:Scoring", model=str(tmp_path / "one"), questions=questions, reading="likelihood"
+        ) as ours,
+        Worker(
+            "peer:Scoring", model=str(tmp_path / "other"), questions=questions, labels=[]
+        ) as peer,
+        pytest.raises(UserError, match="gram_jax and plain did not compute the same"),
+    ):
+        compare(ours, {"plain": (peer, "plain")}, repetitions=1, work=1, unit="tokens")
+
+
+def test_a_worker_says_what_a_user_can_do(tmp_path):
+    missing = str(tmp_path / "no")
+    with (
+        Worker("ours:Scoring", model=missing, questions="", reading="likelihood") as worker,
+        pytest.raises(UserError, match=r"there is no such folder"),
+    ):
+        worker.ready()

@@ -1,5 +1,6 @@
 # The newcomer's commands. Each sets up what it needs in .venv and runs on a machine without accelerator.
 #   make quickstart   install, then pretrain, fine-tune, score and export a small reward model
+#   make bench        install, then measure speed beside transformers (DATA=FOLDER: on that text)
 #   make test         install, then lint, type check and all tests
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ TORCH := torch==2.13.0
 PEERS := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 requests==2.32.5 \
 	urllib3==2.5.0 charset-normalizer==3.4.4 certifi==2026.10.18
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m gram_jax.quickstart
@@ -24,6 +25,16 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The peers' libraries, too, so that both sides are timed on one machine; docs/performance.md says
+# what is measured. Nothing else should run meanwhile.
+BENCHMARKS := scoring 'scoring --shape=254M' shared_prefix judge pretraining finetuning preferences
+
+bench: .venv/installed-test
+	for benchmark in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$benchmark --data=$(DATA) || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.table runs/benchmarks/*.json
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("gram_jax needs Python 3.11 or later; set PYTHON=..." if sys.version_info < (3, 11) else 0)'

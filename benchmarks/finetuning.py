@@ -1,0 +1,76 @@
+"""A preference fine-tuning step: gram_jax beside PyTorch in the way of preference trainers.
+
+  python -m benchmarks.finetuning [--data=FOLDER] [--small]
+
+Pairs with prompts of 256 tokens and responses of 128 on average (64 to 192), 56M parameters,
+float32; the smoothed pairwise loss on sums of log-probs, backward, clipping, AdamW. gram_jax
+computes a prompt once for both responses, in rows of the default length. The peer computes both
+sequences in full, padded, in one batch of chosen and rejected, with the logits of all tokens; as
+one batch is what preference trainers make, it is not cut up. Loss and gradient norm of every step
+must agree. Counted are pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks import workloads
+from benchmarks.command import finish, is_small, setting
+from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.pretraining import LEARNING_RATE, optimizer_arguments
+from benchmarks.results import Case
+from gram_jax import entry
+from gram_jax.config import ObjectiveConfig
+from gram_jax.encoding import Encoder
+
+TARGET = 3.0
+PAIRS, PROMPT, RESPONSE = 4, 256, 128
+BETA = 0.1
+"""Of a sum of log-probs, so that the loss of random weights is no straight line."""
+
+
+def main(_: list[str]) -> None:
+    """Measures, prints and writes."""
+    pairs, prompt, response = (2, 16, 8) if is_small() else (PAIRS, PROMPT, RESPONSE)
+    with setting("56M") as s:
+        encoder = Encoder(
+            tokenizer=s.tokenizer, reading="likelihood", max_length=s.config.max_position
+        )
+        asked = workloads.best_of(
+            s.data, encoder, pairs, prompt=prompt, responses=2, response=response
+        )
+        objective = ObjectiveConfig(name="smoothed_pairwise", beta=BETA)
+        both = {
+            "model": str(s.model),
+            "sequences": [
+                [one.sequences[0][0], *(rest for _, rest in one.sequences)] for one in asked
+            ],
+            "objective": dataclasses.asdict(objective),
+            "learning_rate": LEARNING_RATE,
+        }
+        with (
+            Worker("ours:Training", **both, row_length=0) as ours,
+            Worker("peer:Training", **both, **optimizer_arguments()) as peer,
+        ):
+            peak = measure_peak(ours, peer)
+            timings, difference = compare(
+                ours,
+                {"peer": (peer, "plain")},
+                repetitions=s.repetitions,
+                work=pairs,
+                unit="pairs",
+                warm_up_counts=True,
+            )
+    case = Case(
+        name="56M",
+        what=f"a step on {pairs} pairs, {workloads.num_tokens(asked):,} tokens with each prompt"
+        " twice",
+        timings=timings,
+        difference=difference,
+        targets=[speed_target(TARGET, timings, "peer")],
+    )
+    finish("finetuning", peak, [case])
+
+
+if __name__ == "__main__":
+    entry.run(main, one_process=True)

@@ -1,0 +1,102 @@
+"""Tokens computed when a preference file is scored: gram_jax beside padded batches. Counted only.
+
+  python -m benchmarks.preferences [--data=FOLDER] [--small]
+
+The file has several pairs a prompt. `gram_jax.score` computes a prompt once for the responses of a
+row, and a response that several pairs have once a block; the peer computes both sequences of every
+pair, all of the file sorted by length, in padded batches of 4096 tokens. Counted are the places of
+all rows or batches, padding included: twice, with lines as they stand in the file, and with those
+of one prompt side by side. Longer sequences than 2048 tokens are cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import finish, is_small, setting
+from benchmarks.corpus import preference_rows
+from benchmarks.harness import say
+from benchmarks.results import Case, Target
+from gram_jax import entry
+from gram_jax.checkpoints import load_model
+from gram_jax.config import ComputeConfig
+from gram_jax.scorer import RewardSettings, Scorer
+from gram_jax.scoring import Running
+from gram_jax.scoring_input import read_blocks
+from gram_jax.scoring_job import BLOCK_BATCHES
+
+TARGET = 0.6
+BATCH_TOKENS = 4096
+
+
+def main(_: list[str]) -> None:
+    """Counts, prints and writes."""
+    with setting("56M") as s:
+        rows = list(preference_rows(s.data))[: 200 if is_small() else None]
+        order: dict[str, int] = {}
+        for row in rows:
+            order.setdefault(str(row["prompt"]), len(order))
+        say(f"{len(rows):,} pairs of {len(order):,} prompts")
+        settings = RewardSettings(reading="likelihood", too_long="truncate")
+        scorer = Scorer(load_model(s.model, ComputeConfig()), settings)
+        together = sorted(rows, key=lambda row: order[str(row["prompt"])])
+        cases = []
+        for name, lines in (("as it is", rows), ("prompts side by side", together)):
+            path = s.scratch / "pairs.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+            ours, lengths = count_ours(scorer, path)
+            theirs = padded_places(lengths, BATCH_TOKENS)
+            cases.append(
+                Case(
+                    name=name,
+                    what=f"{len(rows):,} pairs of {len(order):,} prompts, {sum(lengths):,} tokens:"
+                    f" {ours:,} places computed, the peer {theirs:,}",
+                    timings=[],
+                    difference=0.0,
+                    targets=[
+                        Target(
+                            what="tokens computed, peer = 100 %",
+                            goal=TARGET,
+                            reached=ours / theirs,
+                            unit="%",
+                            at_most=True,
+                        )
+                    ],
+                )
+            )
+    finish("preferences", {}, cases)
+
+
+def count_ours(scorer: Scorer, path: Path) -> tuple[int, list[int]]:
+    """Places that `gram_jax.score` computes for a file, and the length of each of its sequences."""
+    settings, shape = scorer.settings, scorer.shape
+    block_tokens = BLOCK_BATCHES * settings.batch_rows * shape.tokens
+    places, lengths = 0, list[int]()
+    for block in read_blocks(str(path), scorer.encoder, start=0, block_tokens=block_tokens):
+        examples = block.sequences.examples()
+        places += Running(examples, shape, settings.batch_rows).places
+        by_key = {example.key: example for example in examples}
+        for line in block.lines:
+            for key, number in line.places:
+                example: Any = by_key[key]
+                lengths.append(len(example.prompt) + len(example.responses[number]))
+    return places, lengths
+
+
+def padded_places(lengths: Sequence[int], batch_tokens: int) -> int:
+    """Places of batches of at most so many tokens, sorted by length and padded to the longest."""
+    total, longest, count = 0, 0, 0
+    for length in sorted(lengths, reverse=True):
+        if count and (count + 1) * longest > batch_tokens:
+            total, count = total + count * longest, 0
+        if not count:
+            longest = length
+        count += 1
+    return total + count * longest
+
+
+if __name__ == "__main__":
+    entry.run(main, one_process=True)

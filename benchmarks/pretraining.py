@@ -1,0 +1,88 @@
+"""A pretraining step: gram_jax beside transformers and PyTorch's fused AdamW.
+
+  python -m benchmarks.pretraining [--data=FOLDER] [--small]
+
+8 rows of 512 tokens, 56M parameters, float32: forward, cross-entropy, backward, clipping, AdamW.
+Every row is one document, so that both compute the same. Loss and gradient norm of every step must
+agree. The share of the peak is FLOPs of a step / (seconds x FLOP/s of matrix products by XLA),
+with `ModelConfig.flops_per_token` x 3: products only, causal attention counted once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks import workloads
+from benchmarks.command import finish, is_small, setting
+from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.results import Case, Target
+from gram_jax import entry
+from gram_jax.config import ObjectiveConfig, OptimizerConfig
+
+SPEED, SHARE = 2.0, 0.45
+ROWS, LENGTH = 8, 512
+LEARNING_RATE = 1e-4
+
+
+def main(_: list[str]) -> None:
+    """Measures, prints and writes."""
+    rows, length = (2, 32) if is_small() else (ROWS, LENGTH)
+    with setting("56M") as s:
+        # The first token is context: a row computes `length` tokens and predicts as many.
+        ids = workloads.rows_of_text(s.data, s.tokenizer, rows, length + 1)
+        sequences = [[one[:1], one[1:]] for one in ids]
+        objective = dataclasses.asdict(ObjectiveConfig(name="next_token"))
+        both = {
+            "model": str(s.model),
+            "sequences": sequences,
+            "objective": objective,
+            "learning_rate": LEARNING_RATE,
+        }
+        with (
+            Worker("ours:Training", **both, row_length=length) as ours,
+            Worker("peer:Training", **both, **optimizer_arguments()) as peer,
+        ):
+            peak = measure_peak(ours, peer)
+            timings, difference = compare(
+                ours,
+                {"peer": (peer, "plain")},
+                repetitions=s.repetitions,
+                work=rows * length,
+                unit="tokens",
+                warm_up_counts=True,
+            )
+        flops = 3 * s.config.flops_per_token(length) * rows * length
+    shares = [flops / (seconds * peak["XLA"]) for seconds in timings[0].seconds]
+    case = Case(
+        name="56M",
+        what=f"a step on {rows} x {length} tokens, {flops / 1e12:.2f} TFLOP",
+        timings=timings,
+        difference=difference,
+        targets=[
+            speed_target(SPEED, timings, "peer"),
+            Target(
+                what="share of the peak",
+                goal=SHARE,
+                reached=flops / (timings[0].median * peak["XLA"]),
+                unit="%",
+                low=min(shares),
+                high=max(shares),
+            ),
+        ],
+    )
+    finish("pretraining", peak, [case])
+
+
+def optimizer_arguments() -> dict[str, object]:
+    """gram_jax's default optimiser, for the peer's."""
+    config = OptimizerConfig()
+    return {
+        "weight_decay": config.weight_decay,
+        "betas": [config.beta1, config.beta2],
+        "eps": config.eps,
+        "clip": config.clip,
+    }
+
+
+if __name__ == "__main__":
+    entry.run(main, one_process=True)

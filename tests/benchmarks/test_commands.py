@@ -1,0 +1,147 @@
+"""Benchmarks from end to end on a tiny model: they run, and both sides compute the same."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from benchmarks import workloads
+from benchmarks.corpus import corpus_tokenizer, preference_rows
+from benchmarks.harness import ROOT, Worker, compare
+from benchmarks.models import SHAPES, write_model
+from benchmarks.preferences import padded_places
+from benchmarks.results import Result
+from gram_jax.encoding import Encoder
+from gram_jax.errors import UserError
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder as --data names it: words from a small vocabulary, three pairs a prompt."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(80)]
+
+    def text(count):
+        return " ".join(rng.choices(words, k=count))
+
+    write(folder / "text" / "train.jsonl.gz", [{"text": text(400)} for _ in range(12)])
+    prompts = [text(rng.randint(3, 20)) for _ in range(10)]
+    pairs = [
+        {"prompt": prompt, "chosen": text(rng.randint(3, 40)), "rejected": text(20)}
+        for prompt in prompts
+        for _ in range(3)
+    ]
+    write(folder / "preferences" / "train.jsonl.gz", pairs)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    # The tests' eight devices are not what is measured on.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+def run(name, data, tmp_path):
+    output = tmp_path / "result.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--small"]
+    done = subprocess.run(
+        [*command, f"--data={data}", f"--output={output}"],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "target" in done.stdout
+    return Result.read(output)
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        ("scoring", ["gram_jax", "plain", "careful"]),
+        ("shared_prefix", ["gram_jax", "plain", "careful"]),
+        ("judge", ["gram_jax", "careful", "plain"]),
+        ("pretraining", ["gram_jax", "peer"]),
+        ("finetuning", ["gram_jax", "peer"]),
+    ],
+)
+def test_both_sides_of_a_benchmark_agree(name, sides, data, tmp_path):
+    result = run(name, data, tmp_path)
+    (case,) = result.cases
+    assert [timing.side for timing in case.timings] == sides
+    assert 0 < case.difference < 1e-4
+    assert all(timing.work > 0 and timing.median > 0 for timing in case.timings)
+    assert result.peak["XLA"] > 0 and result.peak["PyTorch"] > 0
+    assert {"torch", "transformers", "jax"} <= result.versions.keys()
+
+
+def test_a_preference_file_costs_less_where_prompts_are_shared(data, tmp_path):
+    result = run("preferences", data, tmp_path)
+    assert [case.name for case in result.cases] == ["as it is", "prompts side by side"]
+    for case in result.cases:
+        assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
+
+
+def test_padded_places_are_counted_as_the_peer_pads():
+    # Sorted: (7, 5) -> 14 places, as a third would make 21; (3, 2, 2) -> 9.
+    assert padded_places([2, 7, 3, 5, 2], 14) == 14 + 9
+    assert padded_places([30], 14) == 30
+
+
+def test_text_of_a_workload_has_the_ids_it_says(data):
+    tokenizer = corpus_tokenizer(data, 512)
+    encoder = Encoder(tokenizer=tokenizer, reading="likelihood", max_length=512)
+    (asked,) = workloads.best_of(data, encoder, 1, prompt=32, responses=2, response=16)
+    prompt, response = asked.sequences[1]
+    assert prompt == tokenizer.encode_prompt(asked.prompt) and abs(len(prompt) - 32) <= 2
+    assert response == tokenizer.encode_response(asked.responses[1])
+    assert workloads.num_tokens([asked]) == sum(len(a) + len(b) for a, b in asked.sequences)
+
+
+def test_separate_pairs_have_no_prompt_twice(data):
+    encoder = Encoder(tokenizer=corpus_tokenizer(data, 512), reading="likelihood", max_length=512)
+    asked = workloads.separate_pairs(data, encoder, 10_000)
+    assert len({one.prompt for one in asked}) == len(asked) == 10
+    assert len(list(preference_rows(data))) == 30
+
+
+def test_another_models_numbers_are_refused(data, tmp_path):
+    tokenizer = corpus_tokenizer(data, 512)
+    encoder = Encoder(tokenizer=tokenizer, reading="likelihood", max_length=512)
+    workloads.save(tmp_path / "q.json", workloads.separate_pairs(data, encoder, 300))
+    for name in ("one", "other"):
+        write_model(tmp_path / name, SHAPES["tiny"], tokenizer)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    weights["model.layers.1.self_attn.v_proj.weight"] *= np.float32(1.01)
+    save_file(weights, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    questions = str(tmp_path / "q.json")
+    with (
+        Worker(
+            "ours:Scoring", model=str(tmp_path / "one"), questions=questions, reading="likelihood"
+        ) as ours,
+        Worker(
+            "peer:Scoring", model=str(tmp_path / "other"), questions=questions, labels=[]
+        ) as peer,
+        pytest.raises(UserError, match="gram_jax and plain did not compute the same"),
+    ):
+        compare(ours, {"plain": (peer, "plain")}, repetitions=1, work=1, unit="tokens")
+
+
+def test_a_worker_says_what_a_user_can_do(tmp_path):
+    with pytest.raises(UserError, match=r"there is no such folder"):  # noqa: SIM117
+        with Worker("ours:Scoring", model=str(tmp_path / "no"), questions="", reading="likelihood"):
+            pass

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
-from orbax.checkpoint import v1 as ocp
 
 from gram_jax import hf
 from gram_jax.checksums import (
@@ -169,6 +168,9 @@ def load_state(step_folder: Path, abstract_state: TrainState) -> TrainState:
 
 def _load_arrays(step_folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """Arrays in the dtypes they were saved in, on the shardings of ``wanted``, checked."""
+    # Takes a while to import, and Hugging Face folders are read without it.
+    from orbax.checkpoint import v1 as ocp
+
     quiet_orbax()
     leaves = verify_files(step_folder)
     _check_same_arrays(step_folder, leaves, wanted)

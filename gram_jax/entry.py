@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import app, flags
@@ -18,9 +18,11 @@ from ml_collections import config_flags
 from gram_jax import distributed
 from gram_jax.config_rules import check_overrides
 from gram_jax.errors import UserError
-from gram_jax.loop import StageResult
 from gram_jax.reporting import duration
 from gram_jax.signals import Preempted
+
+if TYPE_CHECKING:  # commands that do not train start quicker without the loop
+    from gram_jax.loop import StageResult
 
 
 def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None:
@@ -113,12 +115,15 @@ def enable_compilation_cache() -> None:
     """Keeps compiled functions in the user's cache folder, unless JAX was told another place.
 
     One folder per machine, as home folders are shared and compiled code for CPUs is not portable.
+    Kept is what takes a tenth of a second to compile; JAX by itself keeps what takes a second,
+    which of small models is hardly anything.
     """
     if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "gram_jax" / "jax" / (platform.node() or "local")
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def define_config() -> Any:

@@ -25,7 +25,7 @@ from gram_jax.data.stage import data_folder, num_steps, stage_data
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
-from gram_jax.mesh import check_divides, make_mesh
+from gram_jax.mesh import check_divides, make_mesh, no_surprises
 from gram_jax.models.adapters import adapters_of, attach
 from gram_jax.models.decoder import Decoder, abstract_decoder, init_decoder
 from gram_jax.objectives import Metrics, smoothing_floor
@@ -175,13 +175,14 @@ class _Stage:
             for step in range(self.start + 1, self.steps + 1):
                 position = (step - 1) * c.train.batch_rows
                 numbers = self.data.order.numbers(position, c.train.batch_rows)
-                batch = device_batch(self.data.train, numbers, c.train.accumulate, self.mesh)
-                self.state, metrics = self.train_step(self.state, batch)
-                if pending:
-                    self._report(*pending)
-                pending = (step, numbers, metrics)
                 last = step == self.steps
-                stop = self.stop.at_step(self.mesh) and not last
+                with no_surprises():
+                    batch = device_batch(self.data.train, numbers, c.train.accumulate, self.mesh)
+                    self.state, metrics = self.train_step(self.state, batch)
+                    if pending:
+                        self._report(*pending)
+                    stop = self.stop.at_step(self.mesh) and not last
+                pending = (step, numbers, metrics)
                 validate_now = last or (validate_every and step % validate_every == 0)
                 save_now = last or stop or step % every == 0
                 if validate_now or save_now:

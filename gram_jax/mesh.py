@@ -10,9 +10,10 @@ model works on one device with no ceremony.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -174,12 +175,30 @@ def named(mesh: Mesh, spec: P) -> NamedSharding:
 def put(batch: _Tree, mesh: Mesh) -> _Tree:
     """Numpy arrays [B, ...] on the mesh; every process has all of them, and places its own rows."""
     rows = named(mesh, activation_spec("B"))
-    return cast(
-        _Tree,
-        jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch
-        ),
-    )
+    return cast(_Tree, jax.tree.map(lambda x: place(x.shape, rows, lambda index: x[index]), batch))
+
+
+def place(
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array whose parts come from the host, on purpose: where :func:`no_surprises` is in force.
+
+    Args:
+      read: gives the part at an index, and is asked for those that this process holds.
+    """
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()))
+
+
+def no_surprises() -> contextlib.AbstractContextManager[None]:
+    """Within it, what moves between host and device without being asked to is an error.
+
+    A number that is read by the way makes the host wait for the device, and the device then for
+    the host. (A CPU's arrays are the host's own, so there only what goes in is seen.)
+    """
+    return jax.transfer_guard("disallow")
 
 
 def whole(array: jax.Array) -> jax.Array:

@@ -20,8 +20,6 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
-from scipy.special import expit
 
 from gram_jax.data.sources import Response
 from gram_jax.errors import UserError
@@ -114,6 +112,10 @@ def bradley_terry(wins: ArrayLike, prior: float = PRIOR) -> Floats:
     Raises:
       ValueError: wins is not square, or holds a number that is negative or not finite.
     """
+    # Takes a while to import, and only strengths need it.
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     w = np.array(wins, dtype=np.float64)
     if w.ndim != 2 or w.shape[0] != w.shape[1] or not w.size:
         raise ValueError(f"wins must be [n, n], one row a response; got shape {w.shape}")

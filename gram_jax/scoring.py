@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gram_jax.mesh import put, whole
+from gram_jax.mesh import no_surprises, put, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.packing import PackCounts, pack
 from gram_jax.readouts import Readout, SequenceScores, read
@@ -161,7 +161,8 @@ def score_batches(
     for rows in batches:
         batch = _assemble(rows, shape, batch_rows)
         started = time.monotonic()
-        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        meshed = jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()
+        with meshed, no_surprises():
             placed = jax.device_put(batch) if mesh is None else put(batch, mesh)
             result = score_rows(model, placed, readout, per_token)
         slots = 0 if batch.targets is None else batch.targets.shape[1]

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gram_jax.distributed import barrier, process_count
+from gram_jax.mesh import place
 
 
 class Preempted(BaseException):
@@ -102,7 +103,7 @@ class StopRequest:
         if process_count() == 1:
             return self.requested
         self._votes.append(_sum_of_votes(mesh, self.requested))
-        return len(self._votes) > 1 and bool(self._votes.pop(0))
+        return len(self._votes) > 1 and bool(jax.device_get(self._votes.pop(0)))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -133,8 +134,7 @@ def _sum_of_votes(mesh: Mesh, vote: bool) -> jax.Array:
     """How many devices belong to processes that were asked to stop; not waited for."""
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     mine = np.array([vote], np.int32)
-    votes = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: mine)
-    return _sum(votes)
+    return _sum(place((mesh.size,), everywhere, lambda _: mine))
 
 
 @jax.jit

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gram_jax.data.rowset import Rows
-from gram_jax.mesh import ROWS
+from gram_jax.mesh import ROWS, place
 from gram_jax.rows import Batch
 
 
@@ -71,9 +71,7 @@ def device_batch(rows: Rows, numbers: np.ndarray, parts: int, mesh: Mesh) -> Bat
 
     def global_array(i: int, leaf: Any) -> jax.Array:
         shape = (*grid.shape, *leaf.shape[2:])
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: jax.tree.leaves(rows_of(index or ()))[i]
-        )
+        return place(shape, sharding, lambda index: jax.tree.leaves(rows_of(index))[i])
 
     arrays = [global_array(i, leaf) for i, leaf in enumerate(leaves)]
     return cast(Batch, jax.tree.unflatten(structure, arrays))

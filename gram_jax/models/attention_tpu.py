@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +151,9 @@ def _dynamic_row(
 ) -> jax.Array:
     def info(following: jax.Array | None, seen: jax.Array | None) -> MaskInfo:
         # One mask for all heads: a leading axis of one.
-        one = [None if x is None else x[None] for x in (following, view.mask_next, view.kind, seen)]
-        return MaskInfo(*one, q_sequence=None, is_dynamic_mask=True)
+        fetched: Any = (following, view.mask_next, view.kind, seen)  # its types say numpy
+        first, second, third, fourth = (None if x is None else x[None] for x in fetched)
+        return MaskInfo(first, second, third, fourth, q_sequence=None, is_dynamic_mask=True)
 
     by_query = info(view.key_next, view.seen)
     kernel = SplashAttentionKernel(
@@ -203,8 +204,14 @@ def _block(t: int) -> int:
 
 def _block_sizes(t: int) -> library.BlockSizes:
     size = _block(t)
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    return library.BlockSizes(**dict.fromkeys(names, size))
+    return library.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
 
 
 def _padded(x: jax.Array) -> jax.Array:

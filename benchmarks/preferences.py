@@ -12,7 +12,6 @@ of one prompt side by side. Longer sequences than 2048 tokens are cut.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from benchmarks.command import finish, is_small, setting
 from benchmarks.corpus import preference_rows
 from benchmarks.harness import say
 from benchmarks.results import Case, Target
+from benchmarks.workloads import padded_places
 from gram_jax import entry
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
@@ -84,18 +84,6 @@ def count_ours(scorer: Scorer, path: Path) -> tuple[int, list[int]]:
                 example: Any = by_key[key]
                 lengths.append(len(example.prompt) + len(example.responses[number]))
     return places, lengths
-
-
-def padded_places(lengths: Sequence[int], batch_tokens: int) -> int:
-    """Places of batches of at most so many tokens, sorted by length and padded to the longest."""
-    total, longest, count = 0, 0, 0
-    for length in sorted(lengths, reverse=True):
-        if count and (count + 1) * longest > batch_tokens:
-            total, count = total + count * longest, 0
-        if not count:
-            longest = length
-        count += 1
-    return total + count * longest
 
 
 if __name__ == "__main__":

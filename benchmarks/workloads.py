@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,3 +130,15 @@ def rows_of_text(data: Path, tokenizer: Tokenizer, count: int, length: int) -> I
     """``count`` documents cut to ``length`` ids."""
     pieces = Pieces(data, tokenizer)
     return (pieces.ids(length) for _ in range(count))
+
+
+def padded_places(lengths: Sequence[int], batch_tokens: int) -> int:
+    """Places of batches of at most so many tokens, sorted by length and padded to the longest."""
+    total, longest, count = 0, 0, 0
+    for length in sorted(lengths, reverse=True):
+        if count and (count + 1) * longest > batch_tokens:
+            total, count = total + count * longest, 0
+        if not count:
+            longest = length
+        count += 1
+    return total + count * longest

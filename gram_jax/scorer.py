@@ -38,7 +38,7 @@ DEFAULT_ROW_LENGTH = 2048
 # Tokens of a batch per device: enough to keep it busy, few enough for its memory.
 _BATCH_TOKENS = {"cpu": 4096}
 _BATCH_TOKENS_ACCELERATOR = 16384
-_WINDOW_BATCHES = 32
+_WINDOW_BATCHES = 256
 """Batches of the questions that are packed together; the last one is partly padding."""
 _WINDOW_QUESTIONS = 8192
 

@@ -39,9 +39,10 @@ from gram_jax.scoring_input import Block, Line, check_input, read_blocks
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
 
 BLOCKS_IN_FLIGHT = 3
-BLOCK_BATCHES = 32
+BLOCK_BATCHES = 256
 """Batches of a block: what is computed again after a kill, at most, once what was done is on disk.
-A block's last batch is partly padding, so shorter blocks would cost more than they save."""
+What is together in a block shares its prompts, and its last batch is partly padding: shorter blocks
+would cost more than they save."""
 
 _SECONDS_BETWEEN_RECORDS = 1.0
 

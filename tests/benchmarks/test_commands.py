@@ -15,8 +15,8 @@ from benchmarks import workloads
 from benchmarks.corpus import corpus_tokenizer, preference_rows
 from benchmarks.harness import ROOT, Worker, compare
 from benchmarks.models import SHAPES, write_model
-from benchmarks.preferences import padded_places
 from benchmarks.results import Result
+from benchmarks.workloads import padded_places
 from gram_jax.encoding import Encoder
 from gram_jax.errors import UserError
 

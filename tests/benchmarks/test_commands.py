@@ -98,6 +98,18 @@ def test_a_preference_file_is_counted_in_both_orders(results):
         assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
 
 
+def test_a_start_is_cut_into_its_parts(data, tmp_path):
+    (case,) = run("loading", data, tmp_path).cases
+    first, again, peer = case.timings
+    assert [first.side, again.side, peer.side] == ["gram_jax", "gram_jax again", "transformers"]
+    assert 0 < case.difference < 1e-4
+    for timing in case.timings:
+        parts = timing.facts["parts"]
+        assert sum(parts.values()) == pytest.approx(timing.median)
+        assert all(parts[name] > 0 for name in ("imports", "weights", "batch", "rest"))
+    assert again.compile_seconds < first.compile_seconds / 2
+
+
 def test_padded_places_are_counted_as_the_peer_pads():
     # Sorted: (7, 5) -> 14 places, as a third would make 21; (3, 2, 2) -> 9.
     assert padded_places([2, 7, 3, 5, 2], 14) == 14 + 9

@@ -74,12 +74,14 @@ def per_device(local: Any, signature: str) -> Any:
         tuple(activation_spec(dims) for dims in side.split(",")) for side in signature.split("->")
     )
     # A kernel does not say over which axes its results vary; all of them do.
-    return jax.shard_map(
+    run = jax.shard_map(
         local,
         in_specs=inputs,
         out_specs=outputs if len(outputs) > 1 else outputs[0],
         check_vma=False,
     )
+    # Rows that are whole on every device are split first.
+    return lambda *arrays: run(*map(jax.reshard, arrays, inputs))
 
 
 def _no_mesh() -> bool:

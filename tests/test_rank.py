@@ -225,7 +225,8 @@ def test_the_example_of_the_documentation_runs(tmp_path, english, folder, judge)
     questions = [Question(row["prompt"], row["responses"], pairs) for row in rows]
     for verdict, reward in zip(judge.score(questions), rewards, strict=True):
         expected = judge_probability(verdict.forward, verdict.backward)
-        np.testing.assert_allclose(reward, expected, atol=1e-6)
+        # Packed otherwise, a score s may differ by 1e-5, and sig(s) by a quarter of it.
+        np.testing.assert_allclose(reward, expected, rtol=0, atol=2.5e-6)
 
 
 COMMAND = [sys.executable, "-m", "gram_jax.rank"]

@@ -1,5 +1,6 @@
 """Judge and head: scores and losses are those of all logits, of PyTorch, and on every mesh."""
 
+import dataclasses
 import functools
 import re
 
@@ -112,10 +113,15 @@ def test_a_score_is_that_of_the_sequence_alone_at_its_last_token(kind, readout):
 
 
 def test_a_judge_and_a_head_do_not_meet_the_vocabulary():
-    """The only arrays that are as wide as it are the weights."""
+    """The only arrays that are as wide as it are the weights.
+
+    By the plain attention: blocks of keys are as wide as this vocabulary.
+    """
+    plain = model()
+    plain.compute = dataclasses.replace(plain.compute, attention="xla")
     for kind, readout in (("judge", JUDGE), ("preferences", HEAD)):
         batch = stack_rows([row.batch for row in rows(kind)[1]])
-        traced = jax.make_jaxpr(score_rows, static_argnums=(2, 3))(model(), batch, readout, False)
+        traced = jax.make_jaxpr(score_rows, static_argnums=(2, 3))(plain, batch, readout, False)
         shapes = re.findall(r"\[([\d,]+)\]", str(traced))
         wide = {shape for shape in shapes if str(tiny.VOCAB) in shape.split(",")}
         assert wide == {f"{tiny.VOCAB},32"}

@@ -325,7 +325,9 @@ def test_the_number_of_parameters_is_that_of_the_arrays(changes):
 
 def forward_flops(config, tokens, targets):
     """FLOPs that the compiler counts in a forward pass over one row, per token."""
-    compute = ComputeConfig(dtype="float32", unroll=config.num_layers, logprob_chunk=targets)
+    compute = ComputeConfig(
+        dtype="float32", attention="xla", unroll=config.num_layers, logprob_chunk=targets
+    )
     numbers = jnp.zeros((1, tokens), jnp.int32)
     slots = jnp.zeros((1, targets), jnp.int32)
     batch = jax.tree.map(lambda x: x[:1], rows("next_token").read(np.arange(1)))

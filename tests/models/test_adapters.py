@@ -391,7 +391,7 @@ def test_flops_of_a_step_are_those_that_the_compiler_counts(train):
         hidden_size=256, head_dim=64, intermediate_size=704, vocab_size=2048, num_layers=3
     )
     tokens = 256
-    compute = ComputeConfig(dtype="float32", unroll=3, logprob_chunk=tokens)
+    compute = ComputeConfig(dtype="float32", attention="xla", unroll=3, logprob_chunk=tokens)
     model = attach(abstract_decoder(config, compute), adapters_of(Config(train=train)), 0)
     graph, trainable, frozen = split_model(model, train)
     run = jax.jit(jax.grad(loss_of(graph, ObjectiveConfig(), None)))

@@ -124,9 +124,10 @@ class ComputeConfig:
     )
     attention: str = setting(
         "auto",
-        "Backend of attention: auto = blocks on CPU, splash on TPU, else xla, the reference.",
+        "Backend of attention: auto = blocks on CPU, splash on TPU, else xla, the reference;"
+        " flash, on GPU, is to be asked for until it has been measured there.",
         resume=FREE,
-        choices=("auto", "xla", "blocks", "splash"),
+        choices=("auto", "xla", "blocks", "splash", "flash"),
     )
     remat: str = setting(
         "none",

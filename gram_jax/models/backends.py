@@ -3,6 +3,7 @@
 xla     the reference (gram_jax/models/attention.py): scores of a whole row at once
 blocks  blocks of keys that a block of queries sees (gram_jax/models/attention_blocks.py)
 splash  splash attention, on TPU alone (gram_jax/models/attention_tpu.py)
+flash   a kernel told each query's two ranges, on GPU alone (gram_jax/models/attention_gpu.py)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax
 
 from gram_jax.models.attention import attention, mask_bias, row_mask, window_mask
 from gram_jax.models.attention_blocks import block_attention, block_view
+from gram_jax.models.attention_gpu import flash_attention, flash_view
 from gram_jax.models.attention_tpu import splash_attention, splash_view
 from gram_jax.rows import Batch
 
@@ -42,6 +44,10 @@ def attention_of(batch: Batch, name: str) -> Callable[[jax.Array | None], Attend
     rows = (batch.segment_ids, batch.branch_ids, batch.positions)
     if name == "blocks":
         return lambda window: functools.partial(block_attention, view=block_view(*rows, window))
+    if name == "flash":
+        return lambda window: functools.partial(
+            flash_attention, view=flash_view(*rows, window=0 if window is None else window)
+        )
     if name == "splash":
         # Whether a row has branches is not known when it is compiled: stage 1 has rows of both.
         return lambda window: functools.partial(

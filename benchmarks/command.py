@@ -89,7 +89,7 @@ def setting(shape: str) -> Iterator[Setting]:
 
 def finish(benchmark: str, flops: dict[str, float], cases: list[Case]) -> None:
     """Writes the result and prints its table."""
-    command = shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     path = Path(_OUTPUT.value or f"runs/benchmarks/{benchmark}.json")
     found = result(benchmark, command, flops, cases)
     found.write(path)

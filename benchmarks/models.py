@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from gram_jax.config import ModelConfig
 from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.models.families import config_values, tensor_shapes
+from gram_jax.models.families import config_values, tensor_name, tensor_shapes
 
 SHAPES = {
     "56M": ModelConfig(
@@ -49,8 +49,9 @@ SHAPES = {
 }
 """By number of parameters."""
 
-_SPREAD = 1.8
-"""Standard deviation of a product of a normalised hidden state and a weight's row, roughly."""
+_LOGITS, _INSIDE = 1.8, 1.0
+"""Standard deviation of a logit, and of a projection of a normalised hidden state. With larger ones
+inside, a random model amplifies float32 rounding as no trained one does."""
 
 
 def write_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> None:
@@ -65,6 +66,9 @@ def write_model(folder: Path, config: ModelConfig, tokenizer: Tokenizer, seed: i
         weight = rng.standard_normal(shape, np.float32)
         if len(shape) == 1:  # a norm's
             tensors[name] = 1 + np.float32(0.1) * weight
+        elif name == tensor_name("embedding"):
+            tensors[name] = weight
         else:
-            tensors[name] = np.float32(_SPREAD / np.sqrt(config.hidden_size)) * weight
+            spread = _LOGITS if name == tensor_name("unembedding") else _INSIDE
+            tensors[name] = np.float32(spread / np.sqrt(shape[-1])) * weight
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

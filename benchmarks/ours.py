@@ -148,12 +148,16 @@ class Training(_Ours):
         self._step = make_train_step(graph, tx, config, readout)
 
     def warm_up(self) -> Found:
-        """Compiles, and takes the first step."""
-        return self.run()
+        """Compiles, and takes the first step: its loss and gradient norm."""
+        metrics = self._take_step()
+        return [metrics["loss"], metrics["grad_norm"]], self._facts
 
     def run(self) -> Found:
-        """Takes a step: its loss and gradient norm."""
+        """Takes a step: its loss."""
+        return [self._take_step()["loss"]], self._facts
+
+    def _take_step(self) -> dict[str, float]:
         with jax.set_mesh(self._mesh):
             self._state, metrics = self._step(self._state, self._batch)
         jax.block_until_ready(self._state)
-        return [float(metrics["loss"]), float(metrics["grad_norm"])], self._facts
+        return {name: float(value) for name, value in metrics.items()}

@@ -3,9 +3,10 @@
   python -m benchmarks.pretraining [--data=FOLDER] [--small]
 
 8 rows of 512 tokens, 56M parameters, float32: forward, cross-entropy, backward, clipping, AdamW.
-Every row is one document, so that both compute the same. Loss and gradient norm of every step must
-agree. The share of the peak is FLOPs of a step / (seconds x FLOP/s of matrix products by XLA),
-with `ModelConfig.flops_per_token` x 3: products only, causal attention counted once.
+Every row is one document, so that both compute the same. The loss of every step must agree, and the
+gradient norm of the first. The share of the peak is FLOPs of a step / (seconds x FLOP/s of matrix
+products by XLA), with `ModelConfig.flops_per_token` x 3: products only, causal attention counted
+once.
 """
 
 from __future__ import annotations

@@ -54,13 +54,17 @@ def _timings(case: Case) -> Table:
             (
                 timing.side,
                 times,
-                f"{timing.rate:,.0f}",
+                _rate(timing.rate),
                 _times(ratio(timing.seconds, ours.seconds), timing),
                 f"{timing.compile_seconds:.1f}" if timing is ours else None,
                 None if padding is None else f"{padding:.1%}",
             )
         )
     return Table(headers, rows)
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _times(found: Ratio, timing: Timing) -> str | None:

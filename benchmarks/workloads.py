@@ -76,9 +76,20 @@ def best_of(
         _ask(
             encoder,
             pieces.text(prompt - 1),  # and BOS
-            [pieces.text(_vary(rng, response) - 1) for _ in range(responses)],  # and EOS
+            [pieces.text(length - 1) for length in _lengths(rng, response, responses)],  # and EOS
         )
         for _ in range(prompts)
+    ]
+
+
+def pairs_of_ids(
+    data: Path, tokenizer: Tokenizer, count: int, *, prompt: int, response: int
+) -> list[list[list[int]]]:
+    """[prompt, chosen, rejected] as ids, of lengths as in :func:`best_of`, exactly."""
+    pieces, rng = Pieces(data, tokenizer), random.Random(0)
+    return [
+        [pieces.ids(prompt), *(pieces.ids(length) for length in _lengths(rng, response, 2))]
+        for _ in range(count)
     ]
 
 
@@ -91,7 +102,7 @@ def comparisons(
         _ask(
             encoder,
             pieces.text(question),
-            [pieces.text(_vary(rng, response)) for _ in range(2)],
+            [pieces.text(length) for length in _lengths(rng, response, 2)],
         )
         for _ in range(count)
     ]
@@ -122,8 +133,12 @@ def _ask(encoder: Encoder, prompt: str, responses: list[str]) -> Asked:
     return Asked(prompt, responses, sequences)
 
 
-def _vary(rng: random.Random, mean: int) -> int:
-    return rng.randint(mean - mean // 2, mean + mean // 2)
+def _lengths(rng: random.Random, mean: int, count: int) -> list[int]:
+    """An even number of lengths, of 0.5 to 1.5 times ``mean``, whose mean it is."""
+    half = [rng.randint(mean - mean // 2, mean) for _ in range(count // 2)]
+    lengths = [*half, *(2 * mean - length for length in half)]
+    rng.shuffle(lengths)
+    return lengths
 
 
 def rows_of_text(data: Path, tokenizer: Tokenizer, count: int, length: int) -> Iterator[list[int]]:

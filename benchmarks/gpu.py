@@ -40,7 +40,7 @@ from gram_jax.config import (
 )
 from gram_jax.logprobs import target_logprobs
 from gram_jax.models.attention import FULL, attention, mask_bias, row_mask, window_mask
-from gram_jax.models.attention_gpu import flash
+from gram_jax.models.attention_gpu import flash_attention, flash_view
 from gram_jax.models.decoder import init_decoder
 from gram_jax.packing import pack
 from gram_jax.rows import Batch, Example, RowShape, stack_rows
@@ -157,7 +157,8 @@ def equality(size: Size, dry: bool) -> dict[str, Any]:
 def _flash_of_row(
     row: tuple[jax.Array, ...], window: int, dry: bool, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
-    return flash(q, k, v, row[0], row[1], row[2], window=window, interpret=dry)
+    view = flash_view(row[0], row[1], row[2], window or None)
+    return flash_attention(q, k, v, view, interpret=dry)
 
 
 def pretrain(attention_name: str, size: Size, dry: bool) -> dict[str, Any]:

@@ -200,12 +200,13 @@ def agree(answers: dict[str, Answer]) -> float:
 
 
 def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:
-    """FLOP/s of float32 matrix products of this size, by library; see peak.py."""
+    """FLOP/s of float32 matrix products of this size, by library, and PyTorch's in bfloat16."""
     ours.ready()
     peer.ready()
-    sides = {"XLA": ours, "PyTorch": peer}
-    peak = {name: side.call("peak", size).numbers[0] for name, side in sides.items()}
-    found = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peak.items())
+    (xla,) = ours.call("peak", size).numbers
+    plain, half = peer.call("peak", size).numbers
+    peak = {"XLA": xla, "PyTorch": plain, "PyTorch bfloat16": half}
+    found = ", ".join(f"{name} {value / 1e9:.3g} GFLOP/s" for name, value in peak.items())
     say(f"  matrix products: {found}")
     return peak
 
@@ -242,8 +243,9 @@ def machine() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     details = Path("/proc/cpuinfo")
     if details.is_file():
-        names = [line for line in details.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].partition(":")[2].strip() if names else processor
+        with details.open(encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if line[:10] == "model name")
+            processor = next(names, processor)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "processor": processor,

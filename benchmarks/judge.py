@@ -13,9 +13,9 @@ Counted are the tokens of both judge prompts, without padding.
 from __future__ import annotations
 
 from benchmarks import workloads
-from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, say, speed_target
-from benchmarks.results import Case
+from benchmarks.answering import measure
+from benchmarks.command import is_small, setting
+from benchmarks.harness import say
 from gram_jax import entry
 from gram_jax.data.judge import JudgeTemplate, label_ids
 from gram_jax.encoding import Encoder
@@ -36,32 +36,19 @@ def main(_: list[str]) -> None:
             template=template,
         )
         asked = workloads.comparisons(s.data, encoder, count, question=question, response=response)
-        work = workloads.num_tokens(asked)
-        mean = work / (2 * count)
+        mean = workloads.num_tokens(asked) / (2 * count)
         say(f"{count} comparisons, judge prompts of {mean:.0f} tokens on average")
-        workloads.save(questions := s.scratch / "questions.json", asked)
-        both = {"model": str(s.model), "questions": str(questions)}
-        labels = label_ids(template, s.tokenizer)
-        with (
-            Worker("ours:Scoring", **both, reading="judge") as ours,
-            Worker("peer:Scoring", **both, labels=list(labels)) as peer,
-        ):
-            peak = measure_peak(ours, peer, s.peak_size)
-            timings, difference = compare(
-                ours,
-                {"careful": (peer, "careful"), "plain": (peer, "plain")},
-                repetitions=s.repetitions,
-                work=work,
-                unit="tokens",
-            )
-    case = Case(
-        name="56M",
-        what=f"{count} comparisons in both orders, judge prompts of {mean:.0f} tokens on average",
-        timings=timings,
-        difference=difference,
-        targets=[speed_target(TARGET, timings, "careful")],
-    )
-    finish("judge", peak, [case])
+        what = f"{count} comparisons in both orders, judge prompts of {mean:.0f} tokens on average"
+        measure(
+            "judge",
+            s,
+            asked,
+            ("56M", what),
+            variants=("careful", "plain"),
+            goal=TARGET,
+            reading="judge",
+            labels=label_ids(template, s.tokenizer),
+        )
 
 
 if __name__ == "__main__":

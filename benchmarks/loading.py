@@ -98,7 +98,7 @@ def _run(side: str, model: Path, pairs: Path, output: Path, cache: Path) -> dict
     seconds = time.time() - started
     if done.returncode:
         raise UserError(f"{side} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout)
     found["parts"]["rest"] = seconds - sum(found["parts"].values())
     return {**found, "seconds": seconds}
 

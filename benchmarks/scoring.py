@@ -14,9 +14,9 @@ from __future__ import annotations
 from absl import flags
 
 from benchmarks import workloads
-from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, say, speed_target
-from benchmarks.results import Case
+from benchmarks.answering import measure
+from benchmarks.command import is_small, setting
+from benchmarks.harness import say
 from gram_jax import entry
 from gram_jax.encoding import Encoder
 
@@ -39,28 +39,9 @@ def main(_: list[str]) -> None:
         asked = workloads.separate_pairs(s.data, encoder, tokens)
         work = workloads.num_tokens(asked)
         say(f"{len(asked)} pairs, {work:,} tokens")
-        workloads.save(questions := s.scratch / "questions.json", asked)
-        both = {"model": str(s.model), "questions": str(questions)}
-        with (
-            Worker("ours:Scoring", **both, reading="likelihood") as ours,
-            Worker("peer:Scoring", **both, labels=[]) as peer,
-        ):
-            peak = measure_peak(ours, peer, s.peak_size)
-            timings, difference = compare(
-                ours,
-                {name: (peer, name) for name in _VARIANTS[shape]},
-                repetitions=s.repetitions,
-                work=work,
-                unit="tokens",
-            )
-    case = Case(
-        name=shape,
-        what=f"{len(asked)} pairs of {work:,} tokens, each prompt once",
-        timings=timings,
-        difference=difference,
-        targets=[speed_target(TARGET, timings, "plain")],
-    )
-    finish("scoring" if shape == "56M" else f"scoring_{shape}", peak, [case])
+        case = shape, f"{len(asked)} pairs of {work:,} tokens, each prompt once"
+        name = "scoring" if shape == "56M" else f"scoring_{shape}"
+        measure(name, s, asked, case, variants=_VARIANTS[shape], goal=TARGET)
 
 
 if __name__ == "__main__":

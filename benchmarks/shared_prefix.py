@@ -11,9 +11,9 @@ over all responses, which is what the peer computes, without padding.
 from __future__ import annotations
 
 from benchmarks import workloads
-from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, say, speed_target
-from benchmarks.results import Case
+from benchmarks.answering import measure
+from benchmarks.command import is_small, setting
+from benchmarks.harness import say
 from gram_jax import entry
 from gram_jax.encoding import Encoder
 
@@ -33,29 +33,12 @@ def main(_: list[str]) -> None:
         )
         work = workloads.num_tokens(asked)
         say(f"{prompts} prompts, {work:,} tokens")
-        workloads.save(questions := s.scratch / "questions.json", asked)
-        both = {"model": str(s.model), "questions": str(questions)}
-        with (
-            Worker("ours:Scoring", **both, reading="likelihood") as ours,
-            Worker("peer:Scoring", **both, labels=[]) as peer,
-        ):
-            peak = measure_peak(ours, peer, s.peak_size)
-            timings, difference = compare(
-                ours,
-                {"plain": (peer, "plain"), "careful": (peer, "careful")},
-                repetitions=s.repetitions,
-                work=work,
-                unit="tokens",
-            )
-    case = Case(
-        name="56M",
-        what=f"{prompts} prompts x {RESPONSES} responses, {work:,} tokens with each prompt"
-        f" {RESPONSES} times",
-        timings=timings,
-        difference=difference,
-        targets=[speed_target(TARGET, timings, "plain")],
-    )
-    finish("shared_prefix", peak, [case])
+        what = (
+            f"{prompts} prompts x {RESPONSES} responses, {work:,} tokens with each prompt"
+            f" {RESPONSES} times"
+        )
+        variants = ("plain", "careful")
+        measure("shared_prefix", s, asked, ("56M", what), variants=variants, goal=TARGET)
 
 
 if __name__ == "__main__":

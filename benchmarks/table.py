@@ -23,8 +23,8 @@ def text(result: Result) -> str:
         if case.timings:
             lines += ["", _timings(case).text(), f"largest difference {case.difference:.1e}"]
     if result.peak:
-        found = ", ".join(f"{value / 1e9:.0f} ({name})" for name, value in result.peak.items())
-        lines += ["", f"float32 matrix products, GFLOP/s: {found}"]
+        found = ", ".join(f"{value / 1e9:.3g} ({name})" for name, value in result.peak.items())
+        lines += ["", f"matrix products, GFLOP/s, float32 but for the last: {found}"]
     return "\n".join([*lines, "", targets([result]).text()])
 
 

@@ -96,7 +96,8 @@ class Batch:
     tokens: Any  # [B, T] int32: input ids
     positions: Any  # [B, T] int32: for RoPE and windows; restart per example
     segment_ids: Any  # [B, T] int32: example number within the row, 0 = padding
-    branch_ids: Any  # [B, T] int32: 0 = shared prefix, k >= 1 = k-th continuation
+    branch_ids: Any  # [B, T] int32: 0 = shared prefix, k >= 1 = k-th continuation; None: text,
+    # where every segment is one run
     target_index: Any = None  # [B, M] int32: place whose hidden state predicts the target
     targets: Any = None  # [B, M] int32: id to predict
     weights: Any = None  # [B, M] float32: loss weight, 0 = unused slot
@@ -210,7 +211,8 @@ def check_batch(batch: Batch, vocab_size: int) -> None:
 
 def _problems(row: Batch, vocab_size: int) -> Iterator[str]:
     """The rules that a row breaks, in words."""
-    segment, branch, position = row.segment_ids, row.branch_ids, row.positions
+    segment, position = row.segment_ids, row.positions
+    branch = (segment != 0).astype(np.int32) if row.branch_ids is None else row.branch_ids
     used = int((segment != 0).sum())
     if row.tokens.min(initial=0) < 0 or row.tokens.max(initial=0) >= vocab_size:
         yield f"tokens has ids outside [0, {vocab_size})"

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import tiny
 
-from benchmarks.memory import (
+from benchmarks.step_memory import (
     abstract_batch,
     scoring_bytes,
     share_of_logits,

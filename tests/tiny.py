@@ -81,7 +81,7 @@ def preferences(seed, count, *, reference=False):
     return found
 
 
-def row_set(folder, packed, shape, shards=2):
+def row_set(folder, packed, shape, shards=2, key=None):
     """Packed rows written to a folder as a preparation would, in shards."""
     folder.mkdir(parents=True, exist_ok=True)
     reference = packed[0].batch.reference is not None
@@ -94,7 +94,7 @@ def row_set(folder, packed, shape, shards=2):
     tokens = sum(part["tokens"] for part in parts)
     counts = PackCounts(rows=len(packed), tokens=tokens, places=len(packed) * shape.tokens)
     manifest = Manifest(
-        id="0", key={}, sources=[], shape=dataclasses.asdict(shape), reference=reference,
+        id="0", key=key or {}, sources=[], shape=dataclasses.asdict(shape), reference=reference,
         shards=[{"file": n, "rows": p["rows"], "bytes": p["bytes"]}
                 for n, p in zip(names, parts, strict=True)],
         read=dataclasses.asdict(ExampleCounts()), packed=dataclasses.asdict(counts),

@@ -66,6 +66,11 @@ class Manifest:
         return sum(int(shard["rows"]) for shard in self.shards)
 
     @property
+    def has_branches(self) -> bool:
+        """Whether a segment may be more than one run of tokens; those of text are not."""
+        return self.key.get("format") != "text"
+
+    @property
     def padding(self) -> float:
         """Share of the places in rows that hold no token."""
         return 1 - self.packed["tokens"] / max(self.packed["places"], 1)
@@ -241,7 +246,9 @@ class Rows:
         for start, rows in zip(self._starts, self.sets, strict=False):
             inside = (flat >= start) & (flat < start + len(rows))
             found[inside] = rows.read(flat[inside] - start)
-        fields = {name: found[name] for name in self.dtype.names or ()}
+        fields: dict[str, Any] = {name: found[name] for name in self.dtype.names or ()}
+        if not any(rows.manifest.has_branches for rows in self.sets):
+            fields["branch_ids"] = None  # attention is simpler without
         batch = Batch(**fields)
         return cast(
             Batch, jax.tree.map(lambda leaf: leaf.reshape(*numbers.shape, *leaf.shape[1:]), batch)

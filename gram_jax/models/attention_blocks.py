@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from gram_jax.mesh import per_device
+from gram_jax.models.attention import FULL
 from gram_jax.models.ranges import KeyRanges, Spans, key_blocks, key_ranges
 
 # Measured on CPU: the work in the cache's reach, and little of it ruled out by the mask.
@@ -55,17 +56,15 @@ def block_view(
       window: keys at positions above p - window are seen by a query at p; None = all.
     """
 
-    def local(*row: jax.Array) -> tuple[jax.Array, ...]:
-        ids = [_padded(x) for x in row[:3]]
-        ranges = key_ranges(*ids, *row[3:])
+    def local(
+        segment: jax.Array, branch: jax.Array, position: jax.Array, width: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        ranges = key_ranges(_padded(segment), _padded(branch), _padded(position), width)
         return *ranges, *key_blocks(ranges, _QUERIES, _KEYS)
 
-    row = (segment_ids, branch_ids, positions)
-    if window is None:
-        found = per_device(local, f"BT,BT,BT->{_VIEW_DIMS}")(*row)
-    else:
-        width = jnp.asarray(window, jnp.int32)
-        found = per_device(local, f"BT,BT,BT,->{_VIEW_DIMS}")(*row, width)
+    width = jnp.asarray(FULL if window is None else window, jnp.int32)
+    make = per_device(local, f"BT,BT,BT,->{_VIEW_DIMS}")
+    found = make(segment_ids, branch_ids, positions, width)
     return BlockView(KeyRanges(*found[:3]), Spans(*found[3:]))
 
 

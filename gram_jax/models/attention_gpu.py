@@ -46,38 +46,19 @@ class FlashView(NamedTuple):
 _VIEW_DIMS = "BRT,BRN,BRN,BRN"
 
 
-def flash(
-    q_bthe: jax.Array,
-    k_bske: jax.Array,
-    v_bske: jax.Array,
-    segment_ids: jax.Array,
-    branch_ids: jax.Array,
-    positions: jax.Array,
-    *,
-    window: jax.Array | int,
-    interpret: bool = False,
-) -> jax.Array:
-    """:func:`flash_attention` for one layer alone, with the view that it takes."""
-    view = flash_view(segment_ids, branch_ids, positions, window=window)
-    return flash_attention(q_bthe, k_bske, v_bske, view, interpret=interpret)
-
-
 def flash_view(
     segment_ids: jax.Array,
     branch_ids: jax.Array,
     positions: jax.Array,
-    *,
-    window: jax.Array | int,
+    window: jax.Array | int | None = None,
 ) -> FlashView:
     """Prepares rows for :func:`flash_attention`; once per batch and window.
 
     Args:
       segment_ids, branch_ids, positions: int32 [B, T].
-      window: keys at positions above p - window are seen by a query at position p; 0 and FULL are
-        all. May be traced.
+      window: keys at positions above p - window are seen by a query at position p; None = all.
     """
-    full = not isinstance(window, jax.Array) and window == 0
-    width = jnp.asarray(FULL if full else window, jnp.int32)
+    width = jnp.asarray(FULL if window is None else window, jnp.int32)
     make = per_device(_view, f"BT,BT,BT,->{_VIEW_DIMS}")
     return FlashView(*make(segment_ids, branch_ids, positions, width))
 

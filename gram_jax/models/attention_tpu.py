@@ -49,45 +49,25 @@ class SplashView(NamedTuple):
 _DYNAMIC_DIMS = "BT,BNNSS,BNNSS,BNN,BNN,BNN,BNN"
 
 
-def splash(
-    q_bthe: jax.Array,
-    k_bske: jax.Array,
-    v_bske: jax.Array,
-    segment_ids: jax.Array,
-    branch_ids: jax.Array,
-    positions: jax.Array,
-    *,
-    window: jax.Array | int,
-    has_branches: bool,
-    interpret: bool = False,
-) -> jax.Array:
-    """:func:`splash_attention` for one layer alone, with the view that it takes."""
-    view = splash_view(segment_ids, branch_ids, positions, window=window, has_branches=has_branches)
-    return splash_attention(q_bthe, k_bske, v_bske, view, interpret=interpret)
-
-
 def splash_view(
     segment_ids: jax.Array,
-    branch_ids: jax.Array,
+    branch_ids: jax.Array | None,
     positions: jax.Array,
-    *,
-    window: jax.Array | int,
-    has_branches: bool,
+    window: jax.Array | int | None = None,
 ) -> SplashView:
-    """Prepares rows for :func:`splash_attention`.
+    """Prepares rows for :func:`splash_attention`; once per batch and window.
 
     Args:
-      segment_ids, branch_ids, positions: int32 [B, T].
-      window: keys at positions above p - window are seen by a query at position p; 0 and FULL are
-        all. It may be traced, which takes the dynamic mask.
-      has_branches: may be False where no segment has two branches.
+      segment_ids, branch_ids, positions: int32 [B, T]; branch_ids is None where every segment is
+        one run, as in text.
+      window: keys at positions above p - window are seen by a query at position p; None = all.
     """
-    full = not isinstance(window, jax.Array) and window in (0, FULL)
-    if full and not has_branches:
+    if window is None and branch_ids is None:
         return SplashView(segment_ids)
-    width = jnp.asarray(FULL if full else window, jnp.int32)
+    branches = jnp.zeros_like(segment_ids) if branch_ids is None else branch_ids
+    width = jnp.asarray(FULL if window is None else window, jnp.int32)
     make = per_device(_dynamic_view, f"BT,BT,BT,->{_DYNAMIC_DIMS}")
-    return SplashView(*make(segment_ids, branch_ids, positions, width))
+    return SplashView(*make(segment_ids, branches, positions, width))
 
 
 def splash_attention(

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from gram_jax.models.attention import attention, mask_bias, row_mask, window_mask
 from gram_jax.models.attention_blocks import block_attention, block_view
@@ -41,23 +42,24 @@ def attention_of(batch: Batch, name: str) -> Callable[[jax.Array | None], Attend
       A function of a sliding window (None = a layer sees everything) that returns the attention
       of layers with that window.
     """
-    rows = (batch.segment_ids, batch.branch_ids, batch.positions)
+    segments, positions = batch.segment_ids, batch.positions
+    if name == "splash":
+        return lambda window: functools.partial(
+            splash_attention, view=splash_view(segments, batch.branch_ids, positions, window)
+        )
+    branches = jnp.zeros_like(segments) if batch.branch_ids is None else batch.branch_ids
     if name == "blocks":
-        return lambda window: functools.partial(block_attention, view=block_view(*rows, window))
+        return lambda window: functools.partial(
+            block_attention, view=block_view(segments, branches, positions, window)
+        )
     if name == "flash":
         return lambda window: functools.partial(
-            flash_attention, view=flash_view(*rows, window=0 if window is None else window)
+            flash_attention, view=flash_view(segments, branches, positions, window)
         )
-    if name == "splash":
-        # Whether a row has branches is not known when it is compiled: stage 1 has rows of both.
-        return lambda window: functools.partial(
-            splash_attention,
-            view=splash_view(*rows, window=0 if window is None else window, has_branches=True),
-        )
-    mask_bts = row_mask(batch.segment_ids, batch.branch_ids)
+    mask_bts = row_mask(segments, branches)
 
     def reference(window: jax.Array | None) -> Attend:
-        seen = mask_bts if window is None else mask_bts & window_mask(batch.positions, window)
+        seen = mask_bts if window is None else mask_bts & window_mask(positions, window)
         return functools.partial(attention, bias_bts=mask_bias(seen))
 
     return reference

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from gram_jax.data.rowset import MANIFEST, RowSet, row_dtype
+from gram_jax.data.rowset import MANIFEST, Rows, RowSet, row_dtype
 from gram_jax.errors import DataError
 from gram_jax.packing import pack
 from gram_jax.rows import RowShape
@@ -42,6 +42,18 @@ def test_text_rows_have_no_fields_of_sequences_and_pairs():
     assert not any(
         "pair" in name or "sequence" in name for name in row_dtype(TEXT, reference=False).names
     )
+
+
+def test_rows_of_text_alone_have_no_branches(tmp_path):
+    packed, shape = packed_rows("text")
+    text, other = (
+        tiny.row_set(tmp_path / kind, packed, shape, key={"format": kind})
+        for kind in ("text", "responses")
+    )
+    numbers = np.arange(2)
+    assert Rows([text, text]).read(numbers).branch_ids is None
+    mixed = Rows([text, other]).read(numbers)
+    np.testing.assert_array_equal(mixed.branch_ids[0], packed[0].batch.branch_ids)
 
 
 def test_a_folder_without_rows_is_an_error(tmp_path):

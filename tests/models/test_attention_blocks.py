@@ -12,7 +12,7 @@ from gram_jax.models.attention_blocks import block_attention, block_view
 
 def blocks(window):
     def attend(q, k, v, segment, branch, position):
-        view = block_view(segment, branch, position, window or None)
+        view = block_view(segment, branch, position, window)
         return block_attention(q, k, v, view)
 
     return attend
@@ -21,9 +21,9 @@ def blocks(window):
 @pytest.mark.parametrize(
     ("kind", "t", "width", "window", "dtype"),
     [
-        ("text", 256, 64, 0, jnp.float32),
-        ("branches", 256, 64, 0, jnp.float32),
-        ("branches", 230, 128, 0, jnp.bfloat16),
+        ("text", 256, 64, None, jnp.float32),
+        ("branches", 256, 64, None, jnp.float32),
+        ("branches", 230, 128, None, jnp.bfloat16),
         ("branches", 256, 64, 24, jnp.float32),
         ("text", 300, 32, 24, jnp.float32),
     ],
@@ -35,7 +35,7 @@ def test_blocks_are_the_reference(kind, t, width, window, dtype):
 @pytest.mark.parametrize("kind", ["text", "branches"])
 def test_blocks_on_a_mesh_are_the_reference(kind):
     row, arrays = cases.rows(kind, 256), cases.arrays(256, 4, 2, 64, jnp.float32)
-    cases.check(blocks(0), row, 0, arrays, tiny.mesh(1, 2, 2))
+    cases.check(blocks(None), row, None, arrays, tiny.mesh(1, 2, 2))
 
 
 def test_a_query_visits_only_blocks_that_it_sees():
@@ -44,6 +44,6 @@ def test_a_query_visits_only_blocks_that_it_sees():
     # Row 0 has documents of 100, 90 and 31 tokens: the last, from place 190 on, starts in the
     # block of 128 .. 191.
     bad = k.at[:, :128].set(jnp.nan), v.at[:, :128].set(jnp.nan)
-    found = jax.jit(blocks(0))(q, *bad, *row)[0, 192:221]
-    whole = jax.jit(blocks(0))(q, k, v, *row)[0, 192:221]
+    found = jax.jit(blocks(None))(q, *bad, *row)[0, 192:221]
+    whole = jax.jit(blocks(None))(q, k, v, *row)[0, 192:221]
     np.testing.assert_array_equal(found, whole)

@@ -1,42 +1,45 @@
 """The GPU kernel over a row is the reference attention, in values and gradients."""
 
-import functools
-
 import attention_cases as cases
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
 
-from gram_jax.models.attention_gpu import flash
+from gram_jax.models.attention_gpu import flash_attention, flash_view
 
-interpreted = functools.partial(flash, interpret=True)
+
+def flash(window, interpret=True):
+    def attend(q, k, v, segment, branch, position):
+        view = flash_view(segment, branch, position, window)
+        return flash_attention(q, k, v, view, interpret=interpret)
+
+    return attend
 
 
 @pytest.mark.parametrize(
     ("kind", "t", "heads", "width", "window", "dtype"),
     [
-        ("text", 256, 2, 64, 0, jnp.float32),
-        ("branches", 256, 4, 64, 0, jnp.float32),
-        ("branches", 230, 6, 80, 0, jnp.bfloat16),
+        ("text", 256, 2, 64, None, jnp.float32),
+        ("branches", 256, 4, 64, None, jnp.float32),
+        ("branches", 230, 6, 80, None, jnp.bfloat16),
         ("branches", 256, 4, 8, 24, jnp.float32),
         ("text", 384, 4, 128, 24, jnp.bfloat16),
     ],
 )
 def test_the_kernel_is_the_reference(kind, t, heads, width, window, dtype):
     row, arrays = cases.rows(kind, t), cases.arrays(t, heads, 2, width, dtype)
-    cases.check(functools.partial(interpreted, window=window), row, window, arrays)
+    cases.check(flash(window), row, window, arrays)
 
 
 def test_a_traced_window_is_the_reference():
     row, arrays = cases.rows("branches", 256), cases.arrays(256, 2, 2, 16, jnp.float32)
-    cases.check(functools.partial(interpreted, window=jnp.int32(24)), row, 24, arrays)
+    cases.check(flash(jnp.int32(24)), row, 24, arrays)
 
 
 def test_the_kernel_on_a_mesh_is_the_reference():
     row, arrays = cases.rows("branches", 256), cases.arrays(256, 4, 2, 16, jnp.float32)
-    fast = functools.partial(interpreted, window=0)
-    cases.check(fast, row, 0, arrays, tiny.mesh(1, 2, 2))
+    cases.check(flash(None), row, None, arrays, tiny.mesh(1, 2, 2))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -45,7 +48,8 @@ def test_the_kernels_lower_for_a_gpu(width, dtype):
     row, (q, k, v, _) = cases.rows("branches", 256), cases.arrays(256, 4, 2, width, dtype)
 
     def gradients(q, k, v):
-        return jax.grad(lambda *x: flash(*x, *row, window=0).sum(), argnums=(0, 1, 2))(q, k, v)
+        compiled = flash(None, interpret=False)
+        return jax.grad(lambda *x: compiled(*x, *row).sum(), argnums=(0, 1, 2))(q, k, v)
 
     text = jax.jit(gradients).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("forward", "backward_keys", "backward_queries"):

@@ -14,7 +14,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from gram_jax.mesh import AXES, activation_spec
-from gram_jax.models.attention_tpu import splash
+from gram_jax.models.attention_tpu import splash_attention, splash_view
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 mesh = Mesh(np.array(devices).reshape(1, 8, 2), AXES, axis_types=(AxisType.Explicit,) * 3)
@@ -24,7 +24,9 @@ def array(shape, dtype, dims):
 
 def gradients(has_branches, q, k, v, *row):
     def total(q, k, v):
-        out = splash(q, k, v, *row, window=0, has_branches=has_branches)
+        segments, branches, positions = row
+        view = splash_view(segments, branches if has_branches else None, positions)
+        out = splash_attention(q, k, v, view)
         return out.astype(jnp.float32).sum()
     return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
 

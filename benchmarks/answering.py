@@ -1,0 +1,52 @@
+"""What the benchmarks of scoring share: the same questions answered by both sides in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks import workloads
+from benchmarks.command import Setting, finish
+from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.results import Case
+
+
+def measure(
+    benchmark: str,
+    setting: Setting,
+    asked: list[workloads.Asked],
+    case: tuple[str, str],
+    *,
+    variants: Sequence[str],
+    goal: float,
+    reading: str = "likelihood",
+    labels: Sequence[int] = (),
+) -> None:
+    """Measures, prints and writes.
+
+    Args:
+      benchmark: its name.
+      setting: the model and its text.
+      asked: the questions.
+      case: name and description of what is measured.
+      variants: of the peer; the first is the one that ``goal`` is about.
+      goal: how many times as quick as the peer.
+      reading: what gram_jax reads; with "judge", ``labels`` are the ids of the judge's labels.
+    """
+    workloads.save(questions := setting.scratch / "questions.json", asked)
+    both = {"model": str(setting.model), "questions": str(questions)}
+    with (
+        Worker("ours:Scoring", **both, reading=reading) as ours,
+        Worker("peer:Scoring", **both, labels=list(labels)) as peer,
+    ):
+        peak = measure_peak(ours, peer, setting.peak_size)
+        timings, difference = compare(
+            ours,
+            {variant: (peer, variant) for variant in variants},
+            repetitions=setting.repetitions,
+            work=workloads.num_tokens(asked),
+            unit="tokens",
+        )
+    name, what = case
+    target = speed_target(goal, timings, variants[0])
+    found = Case(name=name, what=what, timings=timings, difference=difference, targets=[target])
+    finish(benchmark, peak, [found])

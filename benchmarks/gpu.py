@@ -38,12 +38,13 @@ from gram_jax.config import (
     RopeScaling,
     TrainConfig,
 )
-from gram_jax.logprobs import target_logprobs
 from gram_jax.models.attention import FULL, attention, mask_bias, row_mask, window_mask
 from gram_jax.models.attention_gpu import flash_attention, flash_view
 from gram_jax.models.decoder import init_decoder
 from gram_jax.packing import pack
+from gram_jax.readouts import Readout
 from gram_jax.rows import Batch, Example, RowShape, stack_rows
+from gram_jax.scoring import score_rows
 from gram_jax.training import init_state, make_optimizer, make_train_step, split_model
 
 PEAK = 989e12
@@ -225,14 +226,10 @@ def _score(
         init_decoder(size.model, compute, 0),
     )
 
-    @jax.jit
-    def logprobs(model: Any, batch: Batch) -> jax.Array:
-        hidden = jnp.take_along_axis(model(batch), batch.target_index[..., None], axis=1)
-        return target_logprobs(hidden, model.unembedding_vd(), batch.targets)
-
+    readout = Readout("likelihood", int(batch.sequence_ids.max()))
     batch = jax.tree.map(jnp.asarray, batch)
     targets = float((batch.weights != 0).mean()) * batch.weights.size / computed
-    compiling, seconds = _timed(lambda: jax.block_until_ready(logprobs(model, batch)))
+    compiling, seconds = _timed(lambda: jax.block_until_ready(score_rows(model, batch, readout)))
     flops = size.model.flops_per_token(round(context), targets_per_token=targets) * computed
     padding = 1 - computed / batch.tokens.size
     speed = _speed(counted, seconds, flops)

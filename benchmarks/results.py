@@ -97,7 +97,7 @@ class Case:
       what: what was computed, in a sentence.
       timings: of gram_jax, first, and the others.
       difference: the largest relative difference of their numbers.
-      targets: what the issue wants of it.
+      targets: goals, and what was reached.
     """
 
     name: str

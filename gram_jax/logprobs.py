@@ -4,6 +4,10 @@ Logits exist for one chunk of targets at a time, in float32, forward and backwar
 unembedding stays split over ``tensor``; what the devices need of each other is exchanged once,
 after the loop over chunks. Each of forward and backward is one ``shard_map``, inside one
 ``custom_vjp``.
+
+A gradient that depends on the log-probs, such as that of a ranking loss, needs the logits a second
+time. Where the loss is a weighted sum of them, :func:`next_token_loss` takes its gradient in the
+same pass: one product of the size of the logits less.
 """
 
 from __future__ import annotations
@@ -43,6 +47,63 @@ def target_logprobs_and_logz(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """As :func:`target_logprobs`, and log sum_v exp(logit_v), float32 [B, M]."""
+    hidden, unembedding, (targets,), chunk, m = _prepared(hidden, unembedding, (targets,), chunk)
+    logprob, logz = _primitive(hidden, unembedding, targets, chunk)
+    return logprob[:, :m], logz[:, :m]
+
+
+def next_token_loss(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of w (-log p + z logz^2), sum of w (-log p)) over the targets.
+
+    The same as :func:`next_token_sums` of :func:`target_logprobs_and_logz`, with the gradient
+    taken in the forward pass: d logit_v = w ((1 + 2 z logz) p_v - 1[v = target]). Only the first
+    sum has a gradient, in ``hidden`` and ``unembedding``.
+
+    On a mesh that splits the vocabulary p is known only after the devices have told each other, so
+    there the logits are computed twice rather than waiting in every chunk.
+
+    Args:
+      hidden, unembedding, targets, chunk: see :func:`target_logprobs_and_logz`.
+      weights: float32 [B, M]; 0 = an unused slot, whose other numbers mean nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["tensor"] > 1:
+        tokens = target_logprobs_and_logz(hidden, unembedding, targets, chunk=chunk)
+        return next_token_sums(*tokens, weights, z_loss)
+    # Zeros, so that what an unused slot holds (NaN, even) is not multiplied by its weight.
+    hidden = jnp.where((weights != 0)[..., None], hidden, 0)
+    hidden, unembedding, (targets, weights), chunk, _ = _prepared(
+        hidden, unembedding, (targets, weights), chunk
+    )
+    return _fused(hidden, unembedding, targets, weights, z_loss, chunk)
+
+
+def next_token_sums(
+    logprob_bm: jax.Array, logz_bm: jax.Array, weights_bm: jax.Array, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """(sum of w (-log p + z logz^2), sum of w (-log p)) over target tokens, from [B, M] each."""
+    used = weights_bm != 0
+    # where, not a product: an unused slot's number means nothing. Before the square as well, whose
+    # slope at a NaN is NaN.
+    nll = jnp.where(used, -weights_bm * logprob_bm, 0.0).sum()
+    if not z_loss:
+        return nll, nll
+    logz_bm = jnp.where(used, logz_bm, 0.0)
+    return nll + z_loss * (weights_bm * jnp.square(logz_bm)).sum(), nll
+
+
+def _prepared(
+    hidden: jax.Array, unembedding: jax.Array, per_target: tuple[jax.Array, ...], chunk: int
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], int, int]:
+    """The arrays with D whole and M padded to whole chunks, the size of one, and M itself."""
     mesh = jax.sharding.get_abstract_mesh()
     unembedding = gathered(unembedding, "VD")
     if chunk == 0:
@@ -58,9 +119,8 @@ def target_logprobs_and_logz(
     pad = steps * chunk - m
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-        targets = jnp.pad(targets, ((0, 0), (0, pad)))
-    logprob, logz = _primitive(hidden, unembedding, targets, chunk)
-    return logprob[:, :m], logz[:, :m]
+        per_target = tuple(jnp.pad(x, ((0, 0), (0, pad))) for x in per_target)
+    return hidden, unembedding, per_target, chunk, m
 
 
 def reference_logprobs(
@@ -103,15 +163,58 @@ def _backward(chunk: int, saved: Any, cotangents: Any) -> tuple[jax.Array, jax.A
 _primitive.defvjp(_forward, _backward)
 
 
-def _per_device(local: Any, signature: str, chunk: int) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    tokens = _primitive(hidden, unembedding, targets, chunk)
+    return next_token_sums(*tokens, weights, z_loss)
+
+
+def _fused_forward(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    z_loss: float,
+    chunk: int,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    run = _per_device(_fused_local, "BMD,VD,BM,BM->BM,BM,BMD,VD", chunk, z_loss=z_loss)
+    logprob, logz, d_hidden, d_unembedding = run(hidden, unembedding, targets, weights)
+    return next_token_sums(logprob, logz, weights, z_loss), (d_hidden, d_unembedding)
+
+
+def _fused_backward(
+    z_loss: float, chunk: int, saved: Any, cotangents: Any
+) -> tuple[jax.Array, jax.Array, None, None]:
+    d_hidden, d_unembedding = saved
+    d_total, _ = cotangents
+    return (
+        (d_total * d_hidden).astype(d_hidden.dtype),
+        (d_total * d_unembedding).astype(d_unembedding.dtype),
+        None,
+        None,
+    )
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _per_device(local: Any, signature: str, chunk: int, **settings: Any) -> Any:
     """``local`` on each device's share of the arrays; on whole arrays without a mesh."""
+    local = functools.partial(local, chunk=chunk, **settings)
     if jax.sharding.get_abstract_mesh().empty:
-        return functools.partial(local, chunk=chunk, distributed=False)
+        return functools.partial(local, distributed=False)
     inputs, outputs = (
         tuple(activation_spec(dims) for dims in side.split(",")) for side in signature.split("->")
     )
     return jax.shard_map(
-        functools.partial(local, chunk=chunk, distributed=True), in_specs=inputs, out_specs=outputs
+        functools.partial(local, distributed=True), in_specs=inputs, out_specs=outputs
     )
 
 
@@ -200,3 +303,45 @@ def _backward_local(
         d_h = jax.lax.psum(d_h, "tensor")
         d_u = jax.lax.psum(d_u, ROWS)
     return d_h.astype(hidden.dtype), d_u.astype(unembedding.dtype)
+
+
+def _fused_local(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    z_loss: float,
+    distributed: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """log p, logz, and the gradients of the weighted sum; every device has the whole vocabulary."""
+    u = unembedding.astype(hidden.dtype)
+    places = jnp.arange(u.shape[0])
+
+    def step(d_u: jax.Array, xs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        h, i, w = xs
+        logits = _logits(h, u)
+        logz = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, i[..., None], axis=-1)[..., 0]
+        slope = w * (1 + 2 * z_loss * logz)
+        d_logits = slope[..., None] * jnp.exp(logits - logz[..., None])
+        d_logits = d_logits - jnp.where(places == i[..., None], w[..., None], 0.0)
+        d_logits = d_logits.astype(h.dtype)
+        d_h = jnp.einsum("bcv,vd->bcd", d_logits, u, preferred_element_type=jnp.float32)
+        d_u += jnp.einsum("bcv,bcd->vd", d_logits, h, preferred_element_type=jnp.float32)
+        return d_u, (picked - logz, logz, d_h.astype(h.dtype))
+
+    start = jnp.zeros(unembedding.shape, jnp.float32)
+    if distributed:
+        start = jax.lax.pcast(start, (*ROWS, "tensor"), to="varying")
+    d_u, found = jax.lax.scan(
+        step, start, tuple(_chunks(x, chunk) for x in (hidden, targets, weights))
+    )
+    per_target = tuple(map(_unchunk, found))
+    if distributed:
+        # The axis of the vocabulary is one device wide: this only says that all there is was added.
+        per_target = jax.lax.psum(per_target, "tensor")
+        d_u = jax.lax.psum(d_u, ROWS)
+    logprob, logz, d_h = per_target
+    return logprob, logz, d_h, d_u.astype(unembedding.dtype)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from gram_jax.config import ObjectiveConfig
+from gram_jax.logprobs import next_token_loss
 from gram_jax.models.decoder import Decoder
-from gram_jax.readouts import Read, Readout, likelihood, read, token_logprobs
+from gram_jax.readouts import Read, Readout, likelihood, read, target_hidden
 from gram_jax.rows import Batch
 
 Metrics = dict[str, jax.Array]
@@ -48,18 +49,6 @@ def best_difference(label_smoothing: float) -> float:
     return math.log((1 - label_smoothing) / label_smoothing) if label_smoothing else math.inf
 
 
-def next_token(
-    logprob_bm: jax.Array, logz_bm: jax.Array, weights_bm: jax.Array, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
-    """(sum of w (-log p + z logz^2), sum of w) over target tokens."""
-    used = weights_bm != 0
-    # where, not a product: an unused slot's number means nothing. Before the square as well, whose
-    # slope at a NaN is NaN.
-    logz_bm = jnp.where(used, logz_bm, 0.0)
-    per_token = -logprob_bm + z_loss * jnp.square(logz_bm) if z_loss else -logprob_bm
-    return jnp.sum(jnp.where(used, weights_bm * per_token, 0.0)), jnp.sum(weights_bm)
-
-
 def objective(
     model: Decoder, batch: Batch, config: ObjectiveConfig, readout: Readout | None
 ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
@@ -71,10 +60,15 @@ def objective(
     """
     used = jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
     if readout is None:
-        tokens = token_logprobs(model, batch, model(batch))
-        total, denominator = next_token(tokens.logprob, tokens.logz, batch.weights, config.z_loss)
-        cross_entropy, _ = next_token(tokens.logprob, tokens.logz, batch.weights)
-        return total, (denominator, {"loss": total, "nll": cross_entropy, "tokens": used})
+        total, nll = next_token_loss(
+            target_hidden(batch, model(batch)),
+            model.unembedding_vd(),
+            batch.targets,
+            batch.weights,
+            z_loss=config.z_loss,
+            chunk=model.compute.logprob_chunk,
+        )
+        return total, (jnp.sum(batch.weights), {"loss": total, "nll": nll, "tokens": used})
     found = read(model, batch, readout, label_mass=config.name == "judge_full_vocab")
     total, denominator, metrics = preference_loss(found, batch, config)
     return total, (denominator, {**metrics, "tokens": used})

@@ -59,11 +59,18 @@ class Read(NamedTuple):
     label_mass: jax.Array | None  # judge: log(p_A + p_B) over the whole vocabulary, [B, S]
 
 
+def target_hidden(batch: Batch, hidden_btd: jax.Array) -> jax.Array:
+    """The hidden states that predict the targets, [B, M, D]."""
+    return jnp.take_along_axis(hidden_btd, batch.target_index[..., None], axis=1)
+
+
 def token_logprobs(model: Decoder, batch: Batch, hidden_btd: jax.Array) -> TokenLogprobs:
     """log p(target given all before it) at each target slot, from the decoder's hidden states."""
-    hidden_bmd = jnp.take_along_axis(hidden_btd, batch.target_index[..., None], axis=1)
     logprob, logz = target_logprobs_and_logz(
-        hidden_bmd, model.unembedding_vd(), batch.targets, chunk=model.compute.logprob_chunk
+        target_hidden(batch, hidden_btd),
+        model.unembedding_vd(),
+        batch.targets,
+        chunk=model.compute.logprob_chunk,
     )
     return TokenLogprobs(logprob, logz)
 

@@ -11,7 +11,13 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gram_jax.logprobs import reference_logprobs, target_logprobs, target_logprobs_and_logz
+from gram_jax.logprobs import (
+    next_token_loss,
+    next_token_sums,
+    reference_logprobs,
+    target_logprobs,
+    target_logprobs_and_logz,
+)
 from gram_jax.mesh import activation_spec, weight_spec
 
 B, M, D, V = 8, 12, 32, 96
@@ -129,6 +135,54 @@ def test_bfloat16_differs_from_float32_by_its_rounding(arrays, expected, sizes):
     # bfloat16 keeps 8 bits: 2^-8 per factor, and sums of 32 products average it out.
     found = {name: np.asarray(value, np.float32) for name, value in found.items()}
     check(found, expected, tolerance=2**-7)
+
+
+def loss_and_gradients(function, hidden, unembedding, targets, weights):
+    """A loss times 3, so that its cotangent is not 1; and what it is without z."""
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda h, u: (3 * (out := function(h, u, targets, weights))[0], out[1]), (0, 1), True
+        )
+    )
+    (total, nll), (d_hidden, d_unembedding) = run(hidden, unembedding)
+    return {"total": total, "nll": nll, "d_hidden": d_hidden, "d_unembedding": d_unembedding}
+
+
+@pytest.fixture(scope="module", params=[0.0, 1e-2], ids=["nll alone", "with z-loss"])
+def losses(arrays, request):
+    """z, the arrays with unused slots among them, and what the plain way makes of them."""
+    hidden, unembedding, targets, weights = arrays
+    weights = np.where(np.arange(M) % 5 == 3, 0.0, np.abs(weights[0])).astype(np.float32)
+    arrays = (hidden, unembedding, targets, weights)
+
+    def plain(h, u, t, w):
+        return next_token_sums(*reference_logprobs(h, u, t), w, request.param)
+
+    return request.param, arrays, loss_and_gradients(plain, *arrays)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
+def test_the_next_token_loss_and_its_gradient_are_those_of_the_plain_way(losses, chunk):
+    z, (hidden, unembedding, targets, weights), expected = losses
+    hidden = np.where((weights == 0)[..., None], np.nan, hidden)  # what is unused means nothing
+
+    def fused(*arrays):
+        return next_token_loss(*arrays, z_loss=z, chunk=chunk)
+
+    check(loss_and_gradients(fused, hidden, unembedding, targets, weights), expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (2, 4, 1)], ids=str)
+def test_the_next_token_loss_is_the_same_on_a_mesh(losses, sizes):
+    z, (hidden, unembedding, targets, weights), expected = losses
+    mesh = tiny.mesh(*sizes)
+    with jax.set_mesh(mesh):
+        *arrays, _ = placed((hidden, unembedding, targets, np.zeros((2, B, M))), mesh)
+        weights = jax.device_put(weights, NamedSharding(mesh, activation_spec("BM")))
+        found = loss_and_gradients(
+            functools.partial(next_token_loss, z_loss=z, chunk=5), *arrays, weights
+        )
+    check(found, expected)
 
 
 # What is compiled, on sizes that occur nowhere else: M = 64 in chunks of 16, V = 480.

@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from gram_jax.config import ObjectiveConfig
+from gram_jax.logprobs import next_token_sums
 from gram_jax.objectives import (
     best_difference,
-    next_token,
     objective,
     pairwise_loss,
     preference_loss,
@@ -174,7 +174,7 @@ def test_smoothed_ce_is_the_next_token_loss_with_weights_1_minus_e_and_e(batch, 
     for b, p in zip(*np.nonzero(batch.pair_weight), strict=True):
         weights[b] += (1 - e) * (batch.sequence_ids[b] == batch.pair_a[b, p])
         weights[b] += e * (batch.sequence_ids[b] == batch.pair_b[b, p])
-    plain = jax.value_and_grad(lambda x: next_token(x, x, jnp.asarray(weights))[0])
+    plain = jax.value_and_grad(lambda x: next_token_sums(x, x, jnp.asarray(weights))[0])
     value, slope = plain(jnp.asarray(logprob))
     options = {"name": "smoothed_ce", "label_smoothing": e}
     assert loss(logprob, batch, **options)["loss"] == pytest.approx(float(value), rel=1e-5)
@@ -267,19 +267,18 @@ def test_what_stands_in_unused_slots_does_not_matter(batch, logprob, name):
 def test_next_token_ignores_unused_slots_and_weighs_the_others(batch, logprob):
     weights = (batch.weights * 0.5).astype(np.float32)
     spoiled = np.where(weights == 0, np.nan, logprob)
-    total, denominator = next_token(spoiled, spoiled, weights, 0.1)
+    total, nll = next_token_sums(spoiled, spoiled, weights, 0.1)
     live = logprob[weights != 0].astype(np.float64)
     assert float(total) == pytest.approx(0.5 * (-live + 0.1 * live**2).sum(), rel=1e-5)
-    assert float(denominator) == pytest.approx(0.5 * len(live))
-    slope = jax.grad(lambda x: next_token(x, x, weights, 0.1)[0])(jnp.asarray(spoiled))
+    assert float(nll) == pytest.approx(-0.5 * live.sum(), rel=1e-5)
+    slope = jax.grad(lambda x: next_token_sums(x, x, weights, 0.1)[0])(jnp.asarray(spoiled))
     assert np.isfinite(slope).all()
 
 
 def test_the_z_loss_is_z_times_the_squared_log_normaliser(logprob):
     logz = np.random.default_rng(4).normal(size=logprob.shape).astype(np.float32) * 5
     weights = np.ones_like(logprob)
-    without, _ = next_token(logprob, logz, weights)
-    total, _ = next_token(logprob, logz, weights, 1e-2)
+    total, without = next_token_sums(logprob, logz, weights, 1e-2)
     expected = -logprob.astype(np.float64).sum() + 1e-2 * (logz.astype(np.float64) ** 2).sum()
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert float(without) == pytest.approx(-logprob.sum(), rel=1e-5)

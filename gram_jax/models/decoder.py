@@ -23,6 +23,7 @@ from gram_jax.errors import UserError
 from gram_jax.mesh import gathered, named, out_spec, weight_spec
 from gram_jax.models.attention import FULL, rope_tables, rotate
 from gram_jax.models.backends import Attend, attention_of, backend
+from gram_jax.models.products import product
 from gram_jax.rows import Batch
 
 BLOCK_DIMS = {
@@ -129,17 +130,14 @@ class Block(nnx.Module):
         def use(name: str) -> jax.Array:
             return gathered(getattr(self, name)[...], BLOCK_DIMS[name]).astype(dtype)
 
-        def product(x: jax.Array, name: str, dims: str) -> jax.Array:
-            return jnp.einsum(dims, x, use(name), out_sharding=out_spec(dims.partition("->")[2]))
-
         def project(x: jax.Array, name: str, inputs: str, outputs: str) -> jax.Array:
             """x W; with LoRA, x W + (alpha / r) (x A) B, so that W + A B never exists."""
-            y = product(x, name, f"{inputs},{BLOCK_DIMS[name]}->{outputs}")
+            y = product(x, use(name), f"{inputs},{BLOCK_DIMS[name]}->{outputs}")
             a, b = f"{name}_lora_a", f"{name}_lora_b"
             if not hasattr(self, a):
                 return y
-            low = product(x, a, f"{inputs},{BLOCK_DIMS[a]}->BTR")
-            return y + self.lora_scale * product(low, b, f"BTR,{BLOCK_DIMS[b]}->{outputs}")
+            low = product(x, use(a), f"{inputs},{BLOCK_DIMS[a]}->BTR")
+            return y + self.lora_scale * product(low, use(b), f"BTR,{BLOCK_DIMS[b]}->{outputs}")
 
         h = rms_norm(x_btd, use("attention_norm"), c.norm_eps)
         q = project(h, "q", "BTD", "BTHE")

@@ -72,12 +72,11 @@ def main(_: list[str]) -> None:
 
 def count_ours(scorer: Scorer, path: Path) -> tuple[int, list[int]]:
     """Places that `gram_jax.score` computes for a file, and the length of each of its sequences."""
-    settings, shape = scorer.settings, scorer.shape
-    block_tokens = BLOCK_BATCHES * settings.batch_rows * shape.tokens
+    block_tokens = BLOCK_BATCHES * scorer.shapes[-1].places
     places, lengths = 0, list[int]()
     for block in read_blocks(str(path), scorer.encoder, start=0, block_tokens=block_tokens):
         examples = block.sequences.examples()
-        places += Running(examples, shape, settings.batch_rows).places
+        places += Running(examples, scorer.shapes, first=block.lines[0].number == 1).places
         by_key = {example.key: example for example in examples}
         for line in block.lines:
             for key, number in line.places:

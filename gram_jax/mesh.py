@@ -170,6 +170,11 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int) -> None:
             raise UserError(f"{name}={size} does not divide by mesh axis {axis}={parts}")
 
 
+def row_shards(mesh: Mesh | None) -> int:
+    """Over how many devices rows are spread."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def named(mesh: Mesh, spec: P) -> NamedSharding:
     return NamedSharding(mesh, spec)
 

@@ -107,8 +107,8 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
     flags.DEFINE_integer(
         "row_length",
         0,
-        "Tokens of a row, in which short sequences lie side by side. 0 = 2048, or as many as the"
-        " model has positions if they are fewer, or max_length if it is more.",
+        "Tokens of a row, in which short sequences lie side by side. 0 = 4096 on CPU, else 2048; or"
+        " max_length if it is more.",
     )
     flags.DEFINE_integer(
         "max_length",

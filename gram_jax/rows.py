@@ -76,6 +76,10 @@ class Example:
         """Places it takes in a row of this shape: the prefix once, then each branch."""
         return len(self.prompt) - 1 + sum(map(shape.places, self.responses))
 
+    def least_tokens(self, shape: RowShape) -> int:
+        """Places that a row must have for its longest response."""
+        return len(self.prompt) - 1 + max(map(shape.places, self.responses))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Part:

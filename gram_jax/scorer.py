@@ -24,17 +24,18 @@ from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.encoding import BlockBuilder, Encoded, Encoder
 from gram_jax.errors import UserError
 from gram_jax.evaluation import win_probability
-from gram_jax.mesh import check_divides
+from gram_jax.mesh import check_divides, row_shards
 from gram_jax.models.decoder import Decoder, compute_dtype
 from gram_jax.packing import PackCounts
 from gram_jax.readouts import Readout
-from gram_jax.rows import RowShape
-from gram_jax.scoring import EngineCounts, Running, score_batches, scoring_shape
+from gram_jax.scoring import EngineCounts, RowBatch, Running, batch_shapes, score_batches
 
 READINGS = ("likelihood", "judge", "head")
 """What a reward can be."""
 
-DEFAULT_ROW_LENGTH = 2048
+# Where attention costs only what a row's sequences see of each other, longer rows are fuller ones.
+_ROW_LENGTH = {"cpu": 4096}
+_ROW_LENGTH_ACCELERATOR = 2048
 # Tokens of a batch per device: enough to keep it busy, few enough for its memory.
 _BATCH_TOKENS = {"cpu": 4096}
 _BATCH_TOKENS_ACCELERATOR = 16384
@@ -155,14 +156,15 @@ class RewardSettings:
         if not self.beta > 0:
             raise UserError(f"beta={self.beta} must be positive")
         longest = model.max_position
-        row_length = self.row_length or max(min(DEFAULT_ROW_LENGTH, longest), self.max_length)
+        usual = _ROW_LENGTH.get(jax.default_backend(), _ROW_LENGTH_ACCELERATOR)
+        row_length = self.row_length or max(usual, self.max_length)
         max_length = self.max_length or min(row_length, longest)
         if not len(tokenizer.prefix_ids) + 2 <= max_length <= min(row_length, longest):
             raise UserError(
                 f"max_length={max_length} must be at least {len(tokenizer.prefix_ids) + 2}, and at"
                 f" most row_length={row_length} and the model's {longest} positions"
             )
-        shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = row_shards(mesh)
         tokens = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
         batch_rows = self.batch_rows or max(tokens // row_length, 1) * shards
         if batch_rows < 1:
@@ -186,7 +188,8 @@ class Scorer:
 
     Attributes:
       settings: how rewards are read, with nothing left to choose.
-      encoder, shape, readout: what the settings mean for this model.
+      encoder, shapes, readout: what the settings mean for this model; shapes of batches, the usual
+        one last.
       packed, engine: filled with what is computed.
     """
 
@@ -214,8 +217,8 @@ class Scorer:
             add_eos=s.add_eos,
             template=s.template,
         )
-        self.shape: RowShape = scoring_shape(s.row_length, s.reading)
-        self.readout = Readout(s.reading, self.shape.sequences, labels)
+        self.shapes = batch_shapes(s.row_length, s.batch_rows, s.reading, row_shards(mesh))
+        self.readout = Readout(s.reading, self.shapes[-1].row.sequences, labels)
         self.packed, self.engine = PackCounts(), EngineCounts()
 
     @property
@@ -243,13 +246,11 @@ class Scorer:
             **({"template": s.template.fingerprint()} if s.template else {}),
         }
 
-    def run(self, batches: Iterable[Sequence[Any]], *, per_token: bool = False) -> Iterator[Any]:
-        """`score_batches` of this model, which takes rows of ``shape``."""
+    def run(self, batches: Iterable[RowBatch], *, per_token: bool = False) -> Iterator[Any]:
+        """`score_batches` of this model."""
         return score_batches(
             self._model,
             batches,
-            self.shape,
-            self.settings.batch_rows,
             readout=self.readout,
             mesh=self._mesh,
             per_token=per_token,
@@ -264,7 +265,7 @@ class Scorer:
         """
         waiting: collections.deque[_Window] = collections.deque()
 
-        def batches() -> Iterator[Sequence[Any]]:
+        def batches() -> Iterator[RowBatch]:
             for window in self._windows(questions):
                 waiting.append(window)
                 yield from window.running.batches
@@ -283,19 +284,16 @@ class Scorer:
         yield from window.verdicts(self.settings)
 
     def _windows(self, questions: Iterable[Question]) -> Iterator[_Window]:
-        tokens = _WINDOW_BATCHES * self.settings.batch_rows * self.shape.tokens
-        builder, asked = BlockBuilder(), list[_Asked]()
+        tokens = _WINDOW_BATCHES * self.shapes[-1].places
+        builder, asked, first = BlockBuilder(), list[_Asked](), True
         for number, question in enumerate(questions):
             encoded = self._encode(number, question)
             asked.append(_Asked(question, encoded, builder.add(encoded.sequences)))
             if builder.placed >= tokens or len(asked) >= _WINDOW_QUESTIONS:
-                yield self._window(builder, asked)
-                builder, asked = BlockBuilder(), []
+                yield _Window(asked, Running(builder.examples(), self.shapes, first=first))
+                builder, asked, first = BlockBuilder(), [], False
         if asked:
-            yield self._window(builder, asked)
-
-    def _window(self, builder: BlockBuilder, asked: list[_Asked]) -> _Window:
-        return _Window(asked, Running(builder.examples(), self.shape, self.settings.batch_rows))
+            yield _Window(asked, Running(builder.examples(), self.shapes, first=first))
 
     def _encode(self, number: int, question: Question) -> Encoded:
         try:

@@ -4,8 +4,9 @@ A stream of examples goes through three stages: packing into rows, one call of t
 per ``batch_rows`` rows, and reading the numbers back. The host is never more than one batch behind:
 batch n + 1 is handed to the device before the numbers of batch n are fetched.
 
-The function is compiled once per shape. Rows have one length; a batch whose responses are short is
-computed with a half or a quarter of the target slots, so there are at most three shapes.
+The function is compiled once per shape. Batches have one shape, but for the only batch of a small
+input, which is as small as its rows allow (:func:`batch_shapes`); one whose responses are short is
+computed with a half or a quarter of the target slots.
 
 Several processes go through the same stream in lock-step. Each computes its share of every batch,
 and each gets all of its numbers.
@@ -35,6 +36,9 @@ from gram_jax.rows import stack_rows as stack
 
 FloatArray = npt.NDArray[np.float32]
 
+_SHORTEST_ROW = 256
+"""Products of fewer tokens than this are not quicker for it."""
+
 
 class Scored(NamedTuple):
     """One response's score.
@@ -52,6 +56,24 @@ class Scored(NamedTuple):
     score: float
     num_tokens: int
     token_logprobs: FloatArray | None
+
+
+class BatchShape(NamedTuple):
+    """``size`` rows of shape ``row``, computed at once."""
+
+    row: RowShape
+    size: int
+
+    @property
+    def places(self) -> int:
+        return self.size * self.row.tokens
+
+
+class RowBatch(NamedTuple):
+    """At most ``shape.size`` packed rows; the rest of the batch is padding."""
+
+    rows: Sequence[PackedRow]
+    shape: BatchShape
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,6 +118,26 @@ def scoring_shape(row_length: int, reading: str = "likelihood") -> RowShape:
     )
 
 
+def batch_shapes(
+    row_length: int, batch_rows: int, reading: str = "likelihood", shards: int = 1
+) -> list[BatchShape]:
+    """The shapes that batches may have, the smallest first; the last one is the usual one.
+
+    Each holds twice the places of the one before: more rows than are spread over ``shards``, or
+    longer ones. The others are for inputs that would not half fill the usual one.
+    """
+    shapes = [BatchShape(scoring_shape(row_length, reading), batch_rows)]
+    while True:
+        row, size = shapes[0]
+        if size % (2 * shards) == 0:
+            size //= 2
+        elif row.tokens % 2 == 0 and row.tokens // 2 >= _SHORTEST_ROW:
+            row = scoring_shape(row.tokens // 2, reading)
+        else:
+            return shapes
+        shapes.insert(0, BatchShape(row, size))
+
+
 def score_examples(
     model: Decoder,
     examples: Iterable[Example],
@@ -131,8 +173,13 @@ def score_examples(
     windows = iter(lambda: list(itertools.islice(remaining, window)), [])
     rows = (row for some in windows for row in pack(some, shape, counts=counts))
     batches = iter(lambda: list(itertools.islice(rows, batch_rows)), [])
+    of_shape = BatchShape(shape, batch_rows)
     scored = score_batches(
-        model, batches, shape, batch_rows, readout=readout, mesh=mesh, per_token=per_token
+        model,
+        (RowBatch(some, of_shape) for some in batches),
+        readout=readout,
+        mesh=mesh,
+        per_token=per_token,
     )
     for scores in scored:
         yield from scores
@@ -140,40 +187,45 @@ def score_examples(
 
 def score_batches(
     model: Decoder,
-    batches: Iterable[Sequence[PackedRow]],
-    shape: RowShape,
-    batch_rows: int,
+    batches: Iterable[RowBatch],
     *,
     readout: Readout | None = None,
     mesh: Mesh | None = None,
     per_token: bool = False,
     counts: EngineCounts | None = None,
 ) -> Iterator[list[Scored]]:
-    """Scores packed rows, at most ``batch_rows`` at once; yields one list per batch, in order.
+    """Scores packed rows batch by batch; yields one list per batch, in order.
 
     A batch's scores are yielded after the next batch has been taken and handed to the device. A
     batch of fewer rows is filled up with rows of padding.
+
+    Args:
+      model, mesh, per_token: see :func:`score_examples`.
+      batches: read as they are needed.
+      readout: what a score is, None = the log-prob; ``sequences`` are those of the rows.
+      counts: added to.
     """
     counts = counts if counts is not None else EngineCounts()
-    readout = readout or Readout("likelihood", shape.sequences)
-    compiled: set[int] = set()
+    compiled: set[tuple[int, ...]] = set()
     previous: tuple[Sequence[PackedRow], Any] | None = None
-    for rows in batches:
-        batch = _assemble(rows, shape, batch_rows)
+    for rows, shape in batches:
+        batch = _assemble(rows, shape)
+        reads = dataclasses.replace(readout or _LIKELIHOOD, sequences=shape.row.sequences)
         started = time.monotonic()
         meshed = jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext()
         with meshed, no_surprises():
             placed = jax.device_put(batch) if mesh is None else put(batch, mesh)
-            result = score_rows(model, placed, readout, per_token)
+            result = score_rows(model, placed, reads, per_token)
         slots = 0 if batch.targets is None else batch.targets.shape[1]
-        if slots not in compiled:
+        kind = (*batch.tokens.shape, slots)
+        if kind not in compiled:
             # A call returns before its work is done, but only after compiling.
-            compiled.add(slots)
+            compiled.add(kind)
             counts.compile_seconds += time.monotonic() - started
         for leaf in jax.tree.leaves(result):
             leaf.copy_to_host_async()
         counts.batches += 1
-        counts.places += batch_rows * shape.tokens
+        counts.places += shape.places
         if previous is not None:
             yield _fetch(*previous)
         previous = (rows, result)
@@ -181,15 +233,18 @@ def score_batches(
         yield _fetch(*previous)
 
 
-def _assemble(rows: Sequence[PackedRow], shape: RowShape, batch_rows: int) -> Batch:
+_LIKELIHOOD = Readout("likelihood", 0)
+
+
+def _assemble(rows: Sequence[PackedRow], shape: BatchShape) -> Batch:
     """Rows as one batch, filled up with padding, without the target slots that no row uses."""
-    filler = [empty_row(shape)] * (batch_rows - len(rows))
+    filler = [empty_row(shape.row)] * (shape.size - len(rows))
     batch = stack([row.batch for row in rows] + filler)
     if batch.weights is None:
         return batch
     used = int((batch.weights != 0).sum(axis=1).max())
-    slots = shape.targets
-    while slots % 2 == 0 and slots // 2 >= used and slots > shape.targets // 4:
+    slots = shape.row.targets
+    while slots % 2 == 0 and slots // 2 >= used and slots > shape.row.targets // 4:
         slots //= 2
     short = {
         name: getattr(batch, name)[:, :slots]
@@ -219,17 +274,35 @@ class Running:
     """Examples that were packed together, on their way through :func:`score_batches`.
 
     Attributes:
-      batches: their rows, ``batch_rows`` at a time.
+      batches: their rows.
       packed: what packing did.
       places: token places of the batches, padding included.
       missing: batches whose scores have not come yet.
     """
 
-    def __init__(self, examples: Sequence[Example], shape: RowShape, batch_rows: int):
+    def __init__(
+        self, examples: Sequence[Example], shapes: Sequence[BatchShape], *, first: bool = False
+    ):
+        """``shapes`` as :func:`batch_shapes` gives them.
+
+        The ``first`` examples of an input are all of it, if they are few, and their batch is then
+        as small as can be. Others have the usual shape, which is compiled.
+        """
         self.packed = PackCounts()
-        rows = list(pack(examples, shape, counts=self.packed))
-        self.batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
-        self.places = len(self.batches) * batch_rows * shape.tokens
+        rows: list[PackedRow] = []
+        tokens = sum(example.num_tokens(shapes[-1].row) for example in examples)
+        longest = max((example.least_tokens(shapes[-1].row) for example in examples), default=0)
+        for shape in shapes if first else shapes[-1:]:
+            usual = shape is shapes[-1]
+            if not usual and (tokens > shape.places or longest > shape.row.tokens):
+                continue
+            self.packed = PackCounts()
+            rows = list(pack(examples, shape.row, counts=self.packed))
+            if usual or len(rows) <= shape.size:
+                break
+        starts = range(0, len(rows), shape.size)
+        self.batches = [RowBatch(rows[i : i + shape.size], shape) for i in starts]
+        self.places = len(self.batches) * shape.places
         self.missing = len(self.batches)
         self._scores: dict[tuple[int, int], Scored] = {}
 

@@ -32,9 +32,8 @@ from gram_jax.errors import UserError
 from gram_jax.evaluation import Accuracy, by_subset
 from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
-from gram_jax.rows import PackedRow, RowShape
 from gram_jax.scorer import Loaded, RewardSettings, Scorer, judge_probability
-from gram_jax.scoring import EngineCounts, Running
+from gram_jax.scoring import BatchShape, EngineCounts, RowBatch, Running
 from gram_jax.scoring_input import Block, Line, check_input, read_blocks
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
 
@@ -186,18 +185,17 @@ def _score(
     stream: TextIO | None,
 ) -> JobState:
     """Scores what is left, keeps the state on disk up to date, and returns it."""
-    shape, batch_rows = scorer.shape, scorer.settings.batch_rows
     blocks = read_blocks(
         job.input,
         scorer.encoder,
         start=state.lines,
-        block_tokens=BLOCK_BATCHES * batch_rows * shape.tokens,
+        block_tokens=BLOCK_BATCHES * scorer.shapes[-1].places,
     )
     engine = scorer.engine
     waiting: collections.deque[_Running] = collections.deque()
 
-    def batches() -> Iterator[list[PackedRow]]:
-        for running in _ahead(_Running(block, shape, batch_rows) for block in blocks):
+    def batches() -> Iterator[RowBatch]:
+        for running in _ahead(_Running(block, scorer.shapes) for block in blocks):
             waiting.append(running)
             yield from running.batches
 
@@ -271,8 +269,8 @@ def _after(
 class _Running(Running):
     """A block on its way through the engine."""
 
-    def __init__(self, block: Block, shape: RowShape, batch_rows: int):
-        super().__init__(block.sequences.examples(), shape, batch_rows)
+    def __init__(self, block: Block, shapes: Sequence[BatchShape]):
+        super().__init__(block.sequences.examples(), shapes, first=block.lines[0].number == 1)
         self.block = block
 
     def rows(self, job: ScoringJob, settings: RewardSettings) -> list[dict[str, Any]]:

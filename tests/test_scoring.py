@@ -21,8 +21,12 @@ from gram_jax.packing import PackCounts, pack
 from gram_jax.readouts import Readout
 from gram_jax.rows import Example, stack_rows
 from gram_jax.scoring import (
+    BatchShape,
     EngineCounts,
+    RowBatch,
+    Running,
     _assemble,
+    batch_shapes,
     score_batches,
     score_examples,
     score_rows,
@@ -175,11 +179,11 @@ def test_a_batch_is_handed_over_before_the_one_before_is_fetched(model, examples
         rows = list(pack(examples, SHAPE))
         for start in range(0, len(rows), 2):
             taken += 1
-            yield rows[start : start + 2]
+            yield RowBatch(rows[start : start + 2], BatchShape(SHAPE, 2))
 
     counts = EngineCounts()
     ahead = []
-    for given, _ in enumerate(score_batches(model, batches(), SHAPE, 2, counts=counts), start=1):
+    for given, _ in enumerate(score_batches(model, batches(), counts=counts), start=1):
         ahead.append(taken - given)
     assert set(ahead[:-1]) == {1}
     assert ahead[-1] == 0
@@ -190,9 +194,38 @@ def test_few_targets_are_computed_in_a_shorter_shape_with_equal_scores(model, ex
     short = [e for e in examples if max(map(len, e.responses)) < 40]
     single = [Example(e.prompt, e.responses[:1], key=e.key) for e in short]
     rows = list(pack(single[:1], SHAPE))
-    assert _assemble(rows[:1], SHAPE, 1).targets.shape == (1, 64)
+    assert _assemble(rows[:1], BatchShape(SHAPE, 1)).targets.shape == (1, 64)
     found = scores_of(score_examples(model, single, SHAPE, 1, window=1))
     check_alike(found, {(e.key, 0): alone[e.key, 0] for e in single})
+
+
+def test_batches_come_in_sizes_that_double():
+    def sizes(*args):
+        return [(size, row.tokens) for row, size in batch_shapes(*args)]
+
+    assert sizes(1024, 2) == [(1, 256), (1, 512), (1, 1024), (2, 1024)]
+    assert sizes(600, 6, "head", 2) == [(6, 300), (6, 600)]
+    assert sizes(64, 3) == [(3, 64)]
+
+
+def test_a_small_input_is_computed_in_a_small_batch_with_equal_scores(model, examples, alone):
+    def score(some, **options):
+        running = Running(some, batch_shapes(1024, 4), **options)
+        for scores in score_batches(model, running.batches):
+            running.add(scores)
+        assert not running.missing
+        places = [(e.key, i) for e in some for i in range(len(e.responses))]
+        check_alike(
+            {place: running[place].score for place in places},
+            {place: alone[place] for place in places},
+        )
+        return running.places
+
+    few = sorted(examples, key=lambda e: e.num_tokens(SHAPE))[:3]
+    tokens = sum(e.num_tokens(SHAPE) for e in few)
+    assert score(few, first=True) < 2 * max(tokens, 256) <= 1024
+    assert score(few) == 4 * 1024
+    assert score(examples, first=True) % 4096 == 0
 
 
 def shapes_in(jaxpr):

@@ -19,7 +19,7 @@ from gram_jax.loop import _Stage
 from gram_jax.mesh import make_mesh, no_surprises, put
 from gram_jax.packing import pack
 from gram_jax.saving import CheckpointStore
-from gram_jax.scoring import score_batches, scoring_shape
+from gram_jax.scoring import BatchShape, RowBatch, score_batches, scoring_shape
 from gram_jax.signals import StopRequest
 
 SHAPE = scoring_shape(64)
@@ -76,11 +76,11 @@ def test_the_engine_notices_a_model_that_is_left_on_the_host(sizes):
     mesh = tiny.mesh(*sizes) if sizes else None
     model = tiny.decoder(mesh=mesh)
     rows = list(pack(tiny.text_examples(0, 20), SHAPE))
-    batches = [rows[:4], rows[4:8]]
-    found = list(score_batches(model, batches, SHAPE, 4, mesh=mesh))
-    assert sum(map(len, found)) == sum(len(row.origins) for batch in batches for row in batch)
+    batches = [RowBatch(some, BatchShape(SHAPE, 4)) for some in (rows[:4], rows[4:8])]
+    found = list(score_batches(model, batches, mesh=mesh))
+    assert sum(map(len, found)) == sum(len(row.origins) for batch in batches for row in batch.rows)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        list(score_batches(on_host(model), batches, SHAPE, 4, mesh=mesh))
+        list(score_batches(on_host(model), batches, mesh=mesh))
 
 
 def test_placing_a_batch_is_meant(tmp_path):

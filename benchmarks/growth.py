@@ -3,9 +3,9 @@
   python -m benchmarks.growth [--repetitions=3] [--small]
 
 Four things: the pairs of a prompt and a response that are computed, the responses to a prompt, the
-vocabulary, and the layers. All else is as in `BASE`, on 16 pairs of 128 tokens, 32 of which are the
+vocabulary, and the layers. All else is as in `BASE`, on 8 pairs of 128 tokens, 32 of which are the
 response's. Rows are exactly full, ids random, weights too. The step is compiled once and timed by
-itself, but for scoring more and more pairs, which is packing, computing and reading back, 16 pairs
+itself, but for scoring more and more pairs, which is packing, computing and reading back, 8 pairs
 at a time. Memory is what XLA says that a step needs beside its arguments and results.
 
 Writes runs/benchmarks/growth.json and, from it, growth.svg beside it; `benchmarks.growth_figure`
@@ -17,12 +17,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from benchmarks.command import finish, is_small, repetitions
+from benchmarks.full_rows import FullRows
 from benchmarks.growth_figure import write_figure
 from benchmarks.harness import say
 from benchmarks.models import SHAPES
@@ -32,8 +31,7 @@ from benchmarks.steps import ScoringStep, TrainingStep
 from gram_jax import entry
 from gram_jax.config import ModelConfig
 from gram_jax.models.decoder import init_decoder
-from gram_jax.packing import pack
-from gram_jax.rows import Batch, Example, RowShape, stack_rows
+from gram_jax.rows import Example
 from gram_jax.scoring import score_examples
 
 BASE = ModelConfig(
@@ -46,10 +44,9 @@ BASE = ModelConfig(
     intermediate_size=704,
 )
 PREFIX, LONG_PREFIX, RESPONSE = 96, 256, 32
-"""Places of a prompt but for its last token, and of a response; where responses
-to a prompt are counted, the prompt is the long one."""
-PAIRS = 16
-SCORED, TRAINED = (16, 32, 64, 128, 256), (8, 16, 32, 64)
+"""Places of a prompt and of a response; the long one is for many responses to a prompt."""
+PAIRS, ROWS = 8, 2
+SCORED, TRAINED = (8, 16, 32, 64, 128), (4, 8, 16, 32)
 CANDIDATES = (1, 2, 4, 8, 16)
 VOCABULARIES = (32_000, 64_000, 96_000, 152_000)
 LAYERS = (2, 4, 8, 16)
@@ -58,85 +55,34 @@ FLAT = 1.1
 """Most that a pair may cost where there are most of them, beside where there are fewest."""
 
 
-class Work(NamedTuple):
-    """What a step is given: rows that are exactly full of prompts with their responses.
-
-    Attributes:
-      prompts: in all.
-      candidates: responses to each.
-      prefix: places of a prompt.
-      rows: that they fill.
-    """
-
-    prompts: int = PAIRS
-    candidates: int = 1
-    prefix: int = PREFIX
-    rows: int = 2
-
-    @property
-    def sequences(self) -> int:
-        """Responses in a row."""
-        return self.prompts * self.candidates // self.rows
-
-    @property
-    def shape(self) -> RowShape:
-        """Of the rows, with no token place to spare."""
-        tokens = self.prompts // self.rows * self.prefix + self.sequences * RESPONSE
-        return RowShape(tokens, tokens, self.sequences)
-
-    def examples(self) -> list[Example]:
-        """The prompts with their responses, ids at random."""
-        rng = np.random.default_rng(0)
-
-        def ids(count: int) -> np.ndarray:
-            return rng.integers(3, 500, count, np.int32)
-
-        return [
-            Example(
-                ids(self.prefix + 1),
-                tuple(ids(RESPONSE) for _ in range(self.candidates)),
-                key=key,
-            )
-            for key in range(self.prompts)
-        ]
-
-    def batch(self) -> Batch:
-        """The rows [B, ...], as numpy arrays, without target slots that are not used."""
-        rows = list(pack(self.examples(), self.shape))
-        assert len(rows) == self.rows, "rows are not full"
-        batch, slots = stack_rows([row.batch for row in rows]), self.sequences * RESPONSE
-        short = {
-            name: getattr(batch, name)[:, :slots]
-            for name in ("target_index", "targets", "weights", "sequence_ids")
-        }
-        return dataclasses.replace(batch, **short)
-
-
 def main(_: list[str]) -> None:
     """Measures, prints, writes and draws."""
     base = SHAPES["tiny"] if is_small() else BASE
+    # Small: sizes that have their steps in common, as most of the time is compiling.
+    scored, trained = (SCORED[:2], (PAIRS,)) if is_small() else (SCORED, TRAINED)
+    candidates = (4,) if is_small() else CANDIDATES
+    vocabularies = (base.vocab_size,) if is_small() else VOCABULARIES
+    layers = (base.num_layers,) if is_small() else LAYERS
+    same = f"{PAIRS} pairs in {ROWS} rows of {_pairs(PAIRS).shape.tokens:,} tokens"
     cases = [
-        _pairs(base),
+        _growing_pairs(base, scored, trained),
         _case(
             "responses to a prompt",
-            f"2 rows of 2 prompts of {LONG_PREFIX} tokens, responses of {RESPONSE}",
+            f"{ROWS} rows of 2 prompts of {LONG_PREFIX} tokens, responses of {RESPONSE}",
             "response",
-            [(n, base, Work(4, n, LONG_PREFIX)) for n in _some(CANDIDATES)],
+            ((n, base, FullRows(2 * ROWS, n, LONG_PREFIX, RESPONSE, ROWS)) for n in candidates),
         ),
         _case(
             "vocabulary",
-            f"{PAIRS} pairs in 2 rows of 1,024 tokens",
+            same,
             "pair",
-            [
-                (v, dataclasses.replace(base, vocab_size=v), Work())
-                for v in (_some(VOCABULARIES) if not is_small() else (512, 1024))
-            ],
+            ((v, dataclasses.replace(base, vocab_size=v), _pairs(PAIRS)) for v in vocabularies),
         ),
         _case(
             "layers",
-            f"{PAIRS} pairs in 2 rows of 1,024 tokens",
+            same,
             "pair",
-            [(n, dataclasses.replace(base, num_layers=n), Work()) for n in _some(LAYERS)],
+            ((n, dataclasses.replace(base, num_layers=n), _pairs(PAIRS)) for n in layers),
         ),
     ]
     path = finish("growth", {}, cases)
@@ -144,49 +90,67 @@ def main(_: list[str]) -> None:
     say(f"drawn in {path.with_suffix('.svg')}")
 
 
-def _some(values: tuple[int, ...]) -> tuple[int, ...]:
-    return values[:2] if is_small() else values
+def _pairs(count: int) -> FullRows:
+    return FullRows(count, 1, PREFIX, RESPONSE, count * ROWS // PAIRS)
 
 
-def _pairs(base: ModelConfig) -> Case:
-    """Scoring and training on more and more pairs."""
-    name, temporary = "pairs", _scoring(base, Work()).temporary
-    model, shape = init_decoder(base, COMPUTE, seed=0), Work().shape
+def _growing_pairs(base: ModelConfig, scored: Iterable[int], trained: Iterable[int]) -> Case:
+    """Scoring through the engine, a batch after the other, and a training step on all at once."""
+    batch = _pairs(PAIRS)
+    temporary = _scoring(base, batch).temporary
+    model = init_decoder(base, COMPUTE, seed=0)
     points = []
-    for count in _some(SCORED):
-        examples = Work(count, rows=count * Work().rows // PAIRS).examples()
+    for count in scored:
+        examples = _pairs(count).examples()
 
         def score(examples: list[Example] = examples) -> float:
             began = time.perf_counter()
-            scored = sum(1 for _ in score_examples(model, examples, shape, Work().rows))
-            assert scored == len(examples)
+            done = sum(1 for _ in score_examples(model, examples, batch.shape, ROWS))
+            assert done == len(examples)
             return time.perf_counter() - began
 
         points.append(_point("scoring", count, score, count, temporary, "pair"))
     few, many = points[0], points[-1]
-    each = [[seconds / p.work for seconds in p.seconds] for p in (many, few)]
-    times = ratio(*each)
-    target = Target(
+    of_many, of_few = ([seconds / point.work for seconds in point.seconds] for point in (many, few))
+    times = ratio(of_many, of_few)
+    flat = Target(
         what=f"scoring: cost of a pair, {many.at:,} pairs beside {few.at:,}", goal=FLAT,
         reached=times.median, unit="x", at_most=True, low=times.low, high=times.high,
     )  # fmt: skip
-    for count in _some(TRAINED):
-        step = _training(base, Work(count, rows=count * Work().rows // PAIRS))
+    for count in trained:
+        step = _training(base, _pairs(count))
         points.append(_point("training", count, step.seconds, count, step.temporary, "pair"))
-    what = f"8 in a row of 1,024 tokens; scoring takes {PAIRS} at a time, training all at once"
-    return Case(name=name, what=what, timings=[], difference=None, targets=[target], points=points)
+    return Case(
+        name="pairs",
+        what=f"{PAIRS // ROWS} in a row of {batch.shape.tokens:,} tokens; scoring takes {PAIRS} at"
+        " a time, training all at once",
+        timings=[],
+        difference=None,
+        targets=[flat],
+        points=points,
+    )
 
 
-def _case(name: str, what: str, unit: str, steps: Iterable[tuple[int, ModelConfig, Work]]) -> Case:
+def _case(
+    name: str, what: str, unit: str, steps: Iterable[tuple[int, ModelConfig, FullRows]]
+) -> Case:
+    """Both steps at each size of the one thing that grows."""
     points = []
-    for at, config, work in steps:
-        count = work.prompts * work.candidates
-        for side, made in (
-            ("scoring", _scoring(config, work)),
-            ("training", _training(config, work)),
-        ):
-            points.append(_point(side, at, made.seconds, count, made.temporary, unit))
+    for at, config, rows in steps:
+        count = rows.prompts * rows.candidates
+        scoring = _scoring(config, rows)
+        points.append(_point("scoring", at, scoring.seconds, count, scoring.temporary, unit))
+        training = _training(config, rows)
+        points.append(_point("training", at, training.seconds, count, training.temporary, unit))
     return Case(name=name, what=what, timings=[], difference=None, targets=[], points=points)
+
+
+def _scoring(config: ModelConfig, rows: FullRows) -> ScoringStep:
+    return ScoringStep(config, rows.batch(), rows.sequences)
+
+
+def _training(config: ModelConfig, rows: FullRows) -> TrainingStep:
+    return TrainingStep(config, jax.tree.map(lambda x: x[None], rows.batch()))
 
 
 def _point(
@@ -203,14 +167,6 @@ def _point(
     )
     say(f"  {side} at {at:,}: {point.milliseconds:.3g} ms a {unit}")
     return point
-
-
-def _scoring(config: ModelConfig, work: Work) -> ScoringStep:
-    return ScoringStep(config, work.batch(), work.sequences)
-
-
-def _training(config: ModelConfig, work: Work) -> TrainingStep:
-    return TrainingStep(config, jax.tree.map(lambda x: x[None], work.batch()))
 
 
 if __name__ == "__main__":

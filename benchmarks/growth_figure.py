@@ -51,7 +51,7 @@ def _panel(axes: Axes, case: Case, ylabel: str, *, memory: bool) -> None:
         )  # fmt: skip
     style(axes)
     at = sorted({point.at for point in case.points})
-    if at[-1] >= 8 * at[0]:
+    if at[-1] > 8 * at[0]:
         axes.set_xscale("log", base=2)
     axes.set_xticks(at, [f"{x // 1000}k" if x >= 10_000 else f"{x}" for x in at])
     axes.minorticks_off()

@@ -27,6 +27,8 @@ SIDES = {
     "pretraining": ["gram_jax", "peer"],
     "finetuning": ["gram_jax", "peer"],
     "preferences": [],
+    "input": [],
+    "growth": [],
 }
 
 
@@ -98,6 +100,28 @@ def test_a_preference_file_is_counted_in_both_orders(results):
     assert [case.name for case in cases] == ["as it is", "prompts side by side"]
     for case in cases:
         assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
+
+
+def test_the_input_is_measured_beside_the_step_it_feeds(results):
+    cases = results["input"].cases
+    assert [case.name for case in cases] == ["training", "scoring", "judging"]
+    for case in cases:
+        source, step = case.timings
+        assert [source.side, step.side] == ["input", "step"]
+        assert source.facts["measured_rows"] > 0 and step.facts["measured_rows"] > 0
+        (target,) = case.targets
+        assert target.reached == pytest.approx(source.rate / step.rate)
+
+
+def test_growth_has_time_and_memory_of_both_steps(results):
+    cases = results["growth"].cases
+    assert [case.name for case in cases] == [
+        "pairs", "responses to a prompt", "vocabulary", "layers",
+    ]  # fmt: skip
+    for case in cases:
+        assert {point.side for point in case.points} == {"scoring", "training"}
+        assert all(p.milliseconds > 0 and p.temporary_bytes > 0 for p in case.points)
+    assert "cost of a pair, 16 pairs beside 8" in cases[0].targets[0].what
 
 
 def test_a_start_is_cut_into_its_parts(data, tmp_path):

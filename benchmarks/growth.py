@@ -57,8 +57,8 @@ FLAT = 1.1
 
 def main(_: list[str]) -> None:
     """Measures, prints, writes and draws."""
-    base = SHAPES["tiny"] if is_small() else BASE
-    # Small: sizes that have their steps in common, as most of the time is compiling.
+    # Small: one layer, and sizes that have their steps in common, as most of the time is compiling.
+    base = dataclasses.replace(SHAPES["tiny"], num_layers=1) if is_small() else BASE
     scored, trained = (SCORED[:2], (PAIRS,)) if is_small() else (SCORED, TRAINED)
     candidates = (4,) if is_small() else CANDIDATES
     vocabularies = (base.vocab_size,) if is_small() else VOCABULARIES

@@ -28,7 +28,6 @@ SIDES = {
     "finetuning": ["gram_jax", "peer"],
     "preferences": [],
     "input": [],
-    "growth": [],
 }
 
 
@@ -111,17 +110,6 @@ def test_the_input_is_measured_beside_the_step_it_feeds(results):
         assert source.facts["measured_rows"] > 0 and step.facts["measured_rows"] > 0
         (target,) = case.targets
         assert target.reached == pytest.approx(source.rate / step.rate)
-
-
-def test_growth_has_time_and_memory_of_both_steps(results):
-    cases = results["growth"].cases
-    assert [case.name for case in cases] == [
-        "pairs", "responses to a prompt", "vocabulary", "layers",
-    ]  # fmt: skip
-    for case in cases:
-        assert {point.side for point in case.points} == {"scoring", "training"}
-        assert all(p.milliseconds > 0 and p.temporary_bytes > 0 for p in case.points)
-    assert "cost of a pair, 16 pairs beside 8" in cases[0].targets[0].what
 
 
 def test_a_start_is_cut_into_its_parts(data, tmp_path):

@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks.full_rows import FullRows
 from benchmarks.growth_figure import write_figure
+from benchmarks.models import SHAPES
 from benchmarks.results import Case, Point, Result
+from benchmarks.steps import ScoringStep
 from benchmarks.table import text
 from gram_jax.errors import UserError
 from gram_jax.rows import check_batch
@@ -54,6 +56,14 @@ def test_full_rows_have_no_padding_and_no_unused_slot(rows):
     assert batch.sequence_ids.max() == rows.sequences
     again = rows.batch()
     assert np.array_equal(batch.tokens, again.tokens)
+
+
+def test_a_scoring_step_on_full_rows_has_a_time_and_needs_more_memory_for_more_responses():
+    config = dataclasses.replace(SHAPES["tiny"], num_layers=1)
+    few, many = (FullRows(n, 1, 6, 2, 1) for n in (4, 16))
+    steps = [ScoringStep(config, rows.batch(), rows.sequences) for rows in (few, many)]
+    assert all(step.seconds() > 0 for step in steps)
+    assert 0 < steps[0].temporary < steps[1].temporary
 
 
 def test_points_are_kept_and_shown_with_their_medians(tmp_path):

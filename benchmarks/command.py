@@ -62,6 +62,11 @@ def is_small() -> bool:
     return bool(_SMALL.value)
 
 
+def repetitions() -> int:
+    """How often each side runs, warm-up left out."""
+    return 1 if is_small() else int(_REPETITIONS.value)
+
+
 @contextlib.contextmanager
 def setting(shape: str) -> Iterator[Setting]:
     """A model of this shape and its text; the model is gone afterwards.
@@ -82,16 +87,17 @@ def setting(shape: str) -> Iterator[Setting]:
             model=model,
             config=config,
             scratch=Path(folder),
-            repetitions=1 if is_small() else _REPETITIONS.value,
+            repetitions=repetitions(),
             peak_size=128 if is_small() else peak.SIZE,
         )
 
 
-def finish(benchmark: str, flops: dict[str, float], cases: list[Case]) -> None:
-    """Writes the result and prints its table."""
+def finish(benchmark: str, flops: dict[str, float], cases: list[Case]) -> Path:
+    """Writes the result, prints its table, and returns the file."""
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     path = Path(_OUTPUT.value or f"runs/benchmarks/{benchmark}.json")
     found = result(benchmark, command, flops, cases)
     found.write(path)
     print(text(found))
     say(f"written to {path}")
+    return path

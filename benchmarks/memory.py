@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
         name="tiny" if is_small() else "56M",
         what=f"bytes of compiled steps, {rows} rows of {tokens} tokens: {each}",
         timings=[],
-        difference=0.0,
+        difference=None,
         targets=targets,
     )
     finish("memory", {}, [case])

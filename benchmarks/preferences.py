@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
                     what=f"{len(rows):,} pairs of {len(order):,} prompts, {sum(lengths):,} tokens:"
                     f" {ours:,} places computed, the peer {theirs:,}",
                     timings=[],
-                    difference=0.0,
+                    difference=None,
                     targets=[
                         Target(
                             what="tokens computed, peer = 100 %",

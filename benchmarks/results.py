@@ -89,22 +89,50 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> Ratio:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The runs of one side where something that grows has reached some size.
+
+    Attributes:
+      side: its name.
+      at: the size.
+      seconds: of each repetition, in order.
+      work: units done in a repetition.
+      unit: such as ``pair``.
+      temporary_bytes: that the compiled step needs beside its arguments and results.
+    """
+
+    side: str
+    at: int
+    seconds: list[float]
+    work: int
+    unit: str
+    temporary_bytes: int
+
+    @property
+    def milliseconds(self) -> float:
+        """A unit's, by the median."""
+        return 1e3 * statistics.median(self.seconds) / self.work
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One comparison of a benchmark.
+    """One comparison of a benchmark, or one thing that grows in it.
 
     Attributes:
       name: such as ``56M``.
       what: what was computed, in a sentence.
       timings: of gram_jax, first, and the others.
-      difference: the largest relative difference of their numbers.
+      difference: the largest relative difference of their numbers; None where none is compared.
       targets: goals, and what was reached.
+      points: what grows, by size.
     """
 
     name: str
     what: str
     timings: list[Timing]
-    difference: float
+    difference: float | None
     targets: list[Target]
+    points: list[Point] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +177,7 @@ class Result:
                         **case,
                         "timings": [Timing(**timing) for timing in case["timings"]],
                         "targets": [Target(**target) for target in case["targets"]],
+                        "points": [Point(**point) for point in case.get("points", [])],
                     }
                 )
                 for case in values["cases"]

@@ -5,11 +5,12 @@ python -m benchmarks.table runs/benchmarks/*.json
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import Case, Ratio, Result, Target, Timing, ratio
+from benchmarks.results import Case, Ratio, Result, Target, ratio
 from gram_jax import distributed
 from gram_jax.errors import UserError
 from gram_jax.report import Table
@@ -20,8 +21,12 @@ def text(result: Result) -> str:
     lines = [f"{result.benchmark}: {result.command}"]
     for case in result.cases:
         lines += ["", f"{case.name}: {case.what}"]
+        if case.points:
+            lines += ["", _points(case).text()]
         if case.timings:
-            lines += ["", _timings(case).text(), f"largest difference {case.difference:.1e}"]
+            lines += ["", _timings(case).text()]
+            if case.difference is not None:
+                lines.append(f"largest difference {case.difference:.1e}")
     if result.peak:
         found = ", ".join(f"{value / 1e9:.3g} ({name})" for name, value in result.peak.items())
         lines += ["", f"matrix products, GFLOP/s, float32 but for the last: {found}"]
@@ -41,35 +46,47 @@ def targets(results: Sequence[Result]) -> Table:
 
 
 def _timings(case: Case) -> Table:
+    ours = case.timings[0]
     headers = [
-        "side", "s (min-max)", f"{case.timings[0].unit}/s", "gram_jax is (min-max)", "compile s",
+        "side", "s (min-max)", f"{ours.unit}/s", f"{ours.side} is (min-max)", "compile s",
         "padding",
     ]  # fmt: skip
-    ours = case.timings[0]
     rows = []
     for timing in case.timings:
-        times = f"{timing.median:.3g} ({min(timing.seconds):.3g}-{max(timing.seconds):.3g})"
         padding = timing.facts.get("padding")
         rows.append(
             (
                 timing.side,
-                times,
+                _spread(timing.seconds),
                 _rate(timing.rate),
-                _times(ratio(timing.seconds, ours.seconds), timing),
-                f"{timing.compile_seconds:.1f}" if timing is ours else None,
+                None if timing is ours else _times(ratio(timing.seconds, ours.seconds)),
+                f"{timing.compile_seconds:.1f}" if timing.compile_seconds else None,
                 None if padding is None else f"{padding:.1%}",
             )
         )
     return Table(headers, rows)
 
 
+def _points(case: Case) -> Table:
+    rows = [
+        (f"{p.at:,}", p.side, _spread(p.seconds), f"{p.milliseconds:.3g}",
+         f"{p.temporary_bytes / 2**20:,.0f}")
+        for p in case.points
+    ]  # fmt: skip
+    return Table(
+        [case.name, "side", "s (min-max)", f"ms a {case.points[0].unit}", "memory, MiB"], rows
+    )
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):.3g} ({min(seconds):.3g}-{max(seconds):.3g})"
+
+
 def _rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
-def _times(found: Ratio, timing: Timing) -> str | None:
-    if timing.side == "gram_jax":
-        return None
+def _times(found: Ratio) -> str:
     return f"{found.median:.2f}x ({found.low:.2f}-{found.high:.2f})"
 
 

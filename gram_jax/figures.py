@@ -164,7 +164,7 @@ def reliability_diagram(reliability: Reliability, title: str = "") -> Figure:
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.0))
     for each in (axes, counts):
-        _style(each)
+        style(each)
     left, right = reliability.edges[:-1], reliability.edges[1:]
     width, filled = (right - left) * 0.9, reliability.count > 0
     x = (left + right) / 2
@@ -264,11 +264,11 @@ def margin_over_length(margin: ArrayLike, length_difference: ArrayLike) -> Figur
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    _style(axes)
+    style(axes)
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.patch.set_alpha(0.0)
     axes.figure.patch.set_alpha(0.0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,6 +27,7 @@ SIDES = {
     "pretraining": ["gram_jax", "peer"],
     "finetuning": ["gram_jax", "peer"],
     "preferences": [],
+    "input": [],
 }
 
 
@@ -98,6 +99,17 @@ def test_a_preference_file_is_counted_in_both_orders(results):
     assert [case.name for case in cases] == ["as it is", "prompts side by side"]
     for case in cases:
         assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
+
+
+def test_the_input_is_measured_beside_the_step_it_feeds(results):
+    cases = results["input"].cases
+    assert [case.name for case in cases] == ["training", "scoring", "judging"]
+    for case in cases:
+        source, step = case.timings
+        assert [source.side, step.side] == ["input", "step"]
+        assert source.facts["measured_rows"] > 0 and step.facts["measured_rows"] > 0
+        (target,) = case.targets
+        assert target.reached == pytest.approx(source.rate / step.rate)
 
 
 def test_a_start_is_cut_into_its_parts(data, tmp_path):

@@ -168,7 +168,7 @@ class RewardSettings:
         if batch_rows < 1:
             raise UserError(f"batch_rows={batch_rows} must be positive")
         if mesh is not None:
-            check_divides(mesh, model, batch_rows)
+            check_divides(mesh, model, batch_rows, row_length)
         template = self.template
         if self.reading == "judge" and template is None:
             template = JudgeTemplate.load()

@@ -17,7 +17,7 @@ from gram_jax.mesh import AXES, activation_spec
 from gram_jax.models.attention_tpu import splash_attention, splash_view
 
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-mesh = Mesh(np.array(devices).reshape(1, 8, 2), AXES, axis_types=(AxisType.Explicit,) * 3)
+mesh = Mesh(np.array(devices).reshape(1, 8, 2, 1), AXES, axis_types=(AxisType.Explicit,) * 4)
 
 def array(shape, dtype, dims):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, activation_spec(dims)))

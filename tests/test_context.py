@@ -1,0 +1,92 @@
+"""A row split over devices gives the loss and the gradients of the whole one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+
+from gram_jax.config import ComputeConfig, ObjectiveConfig
+from gram_jax.errors import UserError
+from gram_jax.mesh import activation_spec, put
+from gram_jax.models.adapters import Adapters, attach
+from gram_jax.models.decoder import weight_dims
+from gram_jax.objectives import objective
+from gram_jax.packing import pack
+from gram_jax.pair import Pair
+from gram_jax.readouts import Readout
+from gram_jax.rows import Example, RowShape, stack_rows
+from gram_jax.scoring import score_examples, scoring_shape
+from gram_jax.stripes import places, striped
+from gram_jax.text_packing import pack_texts
+
+B, T, S = 2, 64, 8
+MESHES = [(1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 1, 4)]
+# M = 41 and S = 9 are no whole number of parts.
+SHAPES = {
+    "next_token": RowShape(T, T),
+    "smoothed_pairwise": RowShape(T, 41, S, 4),
+    "judge_full_vocab": RowShape(T, 0, 9, 9, readouts=True),
+    "bradley_terry": RowShape(T, T, S, 4, readouts=True),
+}
+
+
+def judged(examples):
+    """The same sequences, each compared with nothing, as a judge's are."""
+    for e in examples:
+        pairs = tuple(Pair(i, None, target=1.0 - i % 2) for i in range(len(e.responses)))
+        yield Example(e.prompt, e.responses, pairs, key=e.key)
+
+
+@functools.cache
+def rows(name):
+    if name == "next_token":
+        packed = pack_texts(tiny.text_examples(0, 20), SHAPES[name])
+    else:
+        examples = tiny.preferences(0, 8)
+        packed = pack(judged(examples) if name.startswith("judge") else examples, SHAPES[name])
+    return stack_rows([row.batch for row, _ in zip(packed, range(B), strict=False)])
+
+
+@functools.cache
+def loss_and_gradients(name, backend, sizes):
+    """In float32, of a model with a window in its first layer, on this mesh or without one."""
+    mesh = tiny.mesh(*sizes) if sizes else None
+    reading = {"next_token": None, "smoothed_pairwise": "likelihood", "bradley_terry": "head"}
+    reading = reading.get(name, "judge")
+    readout = reading and Readout(reading, SHAPES[name].sequences, (7, 11))
+    config = ObjectiveConfig(name=name, chosen_ce=0.3 if name == "bradley_terry" else 0.0)
+    compute = ComputeConfig(dtype="float32", unroll=1, attention=backend)
+    with jax.set_mesh(mesh) if mesh else jax.default_device(None):
+        model = tiny.decoder(tiny.config(windows=(7, 0)), compute, mesh)
+        model = attach(model, Adapters(head=reading == "head"), seed=1)
+        batch = put(rows(name), mesh) if mesh else rows(name)
+        run = jax.value_and_grad(lambda m: objective(m, batch, config, readout), has_aux=True)
+        (total, _), gradient = jax.jit(run)(model)
+    return float(total), gradient
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "sizes"),
+    [
+        ("next_token", "blocks", (1, 1, 1, 8)),
+        ("smoothed_pairwise", "xla", (2, 1, 2, 2)),
+        ("judge_full_vocab", "blocks", (1, 2, 1, 4)),
+        ("bradley_terry", "xla", (1, 2, 2, 2)),
+    ],
+)
+def test_loss_and_gradients_are_those_of_whole_rows(name, backend, sizes):
+    expected, wanted = loss_and_gradients(name, backend, None)
+    found, gradient = loss_and_gradients(name, backend, sizes)
+    assert found == pytest.approx(expected, rel=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+    assert largest > 0.1
+
+    def close(path, ours, theirs):
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=1e-5 * largest, err_msg=weight_dims(path)
+        )
+
+    jax.tree_util.tree_map_with_path(close, gradient, wanted)

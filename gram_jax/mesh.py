@@ -199,9 +199,7 @@ def parse_mesh(text: str) -> MeshConfig:
     return config
 
 
-def check_divides(
-    mesh: Mesh, model: ModelConfig, batch_rows: int = 0, row_length: int = 0
-) -> None:
+def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int = 0, row_length: int = 0) -> None:
     """Every split dimension must divide by its axis; a size of 0 is not looked at.
 
     Raises:

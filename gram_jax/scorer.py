@@ -155,7 +155,11 @@ class RewardSettings:
         if not self.beta > 0:
             raise UserError(f"beta={self.beta} must be positive")
         longest = model.max_position
-        row_length = self.row_length or max(min(DEFAULT_ROW_LENGTH, longest), self.max_length)
+        row_length = self.row_length
+        if not row_length:
+            parts = 1 if mesh is None else 2 * mesh.shape["context"]
+            row_length = max(min(DEFAULT_ROW_LENGTH, longest), self.max_length)
+            row_length += -row_length % parts
         max_length = self.max_length or min(row_length, longest)
         if not len(tokenizer.prefix_ids) + 2 <= max_length <= min(row_length, longest):
             raise UserError(

@@ -116,7 +116,7 @@ def score_examples(
     Args:
       model: a decoder, placed on ``mesh`` if there is one.
       examples: read as they are needed.
-      shape: of the rows; see :func:`scoring_shape`.
+      shape: of the rows; see :func:`scoring_shape`. Their length divides by the mesh's 2 x context.
       batch_rows: rows computed at once; divides by the mesh's data x fsdp.
       readout: what a score is; None = the log-prob.
       mesh: what the model is spread over, or None for one device.

@@ -28,7 +28,7 @@ from gram_jax.mesh import activation_spec, context_size, per_device
 def places(t: int, c: int) -> np.ndarray:
     """Which places of a row of T each of C devices has, in its order; int32 [C, T / C]."""
     blocks = np.arange(t, dtype=np.int32).reshape(2 * c, -1)
-    return np.concatenate((blocks[:c], blocks[:c - 1:-1]), axis=1)
+    return np.concatenate((blocks[:c], blocks[: c - 1 : -1]), axis=1)
 
 
 def striped(x_bs: jax.Array) -> jax.Array:

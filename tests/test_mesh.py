@@ -77,7 +77,9 @@ def test_copies_of_the_model_that_do_not_divide_by_the_slices_are_an_error():
 
 def test_hosts_with_gpus_are_no_slices():
     gpus = [
-        dataclasses.replace(chip, platform="gpu", device_kind="H100", process_index=chip.slice_index)
+        dataclasses.replace(
+            chip, platform="gpu", device_kind="H100", process_index=chip.slice_index
+        )
         for chip in chips(2)
     ]
     assert arranged((1, 16, 1, 1), gpus).shape == (1, 16, 1, 1)

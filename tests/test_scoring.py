@@ -145,7 +145,7 @@ def test_scores_do_not_depend_on_order_and_neighbours(model, examples, alone):
     check_alike(scores_of(score_examples(model, some, SHAPE, 4)), expected)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("axes", [{"fsdp": 2}, {"context": 2}, {"data": 2, "tensor": 2}])
 def test_scores_do_not_depend_on_the_mesh(peer, examples, alone, tmp_path, axes):
     config = MeshConfig(**{"data": 1, **axes})
     mesh = make_mesh(config, jax.devices()[: 2 * len(axes)])

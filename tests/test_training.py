@@ -116,7 +116,9 @@ def test_the_state_keeps_its_shards_and_counts_its_steps():
     assert by_name["embedding"].sharding.spec == jax.P("tensor", ("fsdp", "context"))
     assert by_name["q"].sharding.spec == jax.P(None, ("fsdp", "context"), "tensor", None)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 4]
-    assert any(leaf.sharding.spec == jax.P(None, ("fsdp", "context"), "tensor", None) for leaf in moments)
+    assert any(
+        leaf.sharding.spec == jax.P(None, ("fsdp", "context"), "tensor", None) for leaf in moments
+    )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trainable))
 
 

@@ -2,8 +2,8 @@
 
 Logits exist for one chunk of targets at a time, in float32, forward and backward. On a mesh the
 unembedding stays split over ``tensor``, and targets over ``context``; what the devices need of each
-other is exchanged once, after the loop over chunks. Each of forward and backward is one ``shard_map``, inside one
-``custom_vjp``.
+other is exchanged once, after the loop over chunks. Each of forward and backward is one
+``shard_map``, inside one ``custom_vjp``.
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from jax.experimental import mesh_utils
 
 from gram_jax.config import MeshConfig, ModelConfig
 from gram_jax.config_rules import unknown_field

@@ -1,7 +1,7 @@
 """Long rows over several devices: which places of a row each device of ``context`` computes.
 
-With C devices a row of T places is cut into 2 C blocks, and device c takes blocks c and 2 C - 1 - c.
-A query sees keys before it only, so the later half of a row costs three times the earlier one; the
+With C devices a row of T places is cut into 2 C blocks; device c takes blocks c and 2 C - 1 - c. A
+query sees keys before it only, so the later half of a row costs three times the earlier one; the
 two blocks of every device together cost the same. Blocks, and not single places in turn, so that
 attention can still leave out whole blocks of keys.
 

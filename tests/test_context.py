@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.sharding import NamedSharding
 
 from gram_jax.config import ComputeConfig, ObjectiveConfig
-from gram_jax.errors import UserError
-from gram_jax.mesh import activation_spec, put
+from gram_jax.mesh import put
 from gram_jax.models.adapters import Adapters, attach
 from gram_jax.models.decoder import weight_dims
 from gram_jax.objectives import objective
@@ -18,12 +16,9 @@ from gram_jax.packing import pack
 from gram_jax.pair import Pair
 from gram_jax.readouts import Readout
 from gram_jax.rows import Example, RowShape, stack_rows
-from gram_jax.scoring import score_examples, scoring_shape
-from gram_jax.stripes import places, striped
 from gram_jax.text_packing import pack_texts
 
 B, T, S = 2, 64, 8
-MESHES = [(1, 1, 1, 8), (2, 1, 2, 2), (1, 2, 1, 4)]
 # M = 41 and S = 9 are no whole number of parts.
 SHAPES = {
     "next_token": RowShape(T, T),

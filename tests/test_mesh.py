@@ -112,7 +112,7 @@ SPLIT = {"D": ("fsdp", "context"), "V": "tensor", "H": "tensor", "K": "tensor", 
 
 def test_each_weight_and_moment_is_split_over_a_pod_as_its_dimensions_say():
     with jax.sharding.use_abstract_mesh(POD):
-        graph, state = pod_state()
+        _, state = pod_state()
     moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s)]
     (adam,) = moments
     for tree in (state.trainable, adam.mu, adam.nu):

@@ -112,7 +112,7 @@ def _local(
     if view.seen is None:
         kernel = _causal_kernel(t, s, h, interpret)
         ids = library.SegmentIds(_queries(view.segment_ids, s), _padded(view.segment_ids))
-        mixed = jax.vmap(kernel)(q, k, v, ids)
+        mixed = cast(jax.Array, jax.vmap(kernel)(q, k, v, ids))
     else:
         # The kernels are told by scalars which blocks to fetch, and those differ from row to row:
         # rows are taken in turn.

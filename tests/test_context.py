@@ -16,6 +16,7 @@ from gram_jax.packing import pack
 from gram_jax.pair import Pair
 from gram_jax.readouts import Readout
 from gram_jax.rows import Example, RowShape, stack_rows
+from gram_jax.stripes import at_places, places, striped
 from gram_jax.text_packing import pack_texts
 
 B, T, S = 2, 64, 8
@@ -85,3 +86,23 @@ def test_loss_and_gradients_are_those_of_whole_rows(name, backend, sizes):
         )
 
     jax.tree_util.tree_map_with_path(close, gradient, wanted)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_each_device_has_the_same_share_of_a_causal_row(devices):
+    """In pairs of a query and a key that it sees."""
+    own = places(T, devices)
+    np.testing.assert_array_equal(np.sort(own.reshape(-1)), np.arange(T))
+    assert len({int(seen) for seen in (own + 1).sum(axis=1)}) == 1
+
+
+def test_a_place_is_found_in_stripes():
+    rng = np.random.default_rng(0)
+    row = rng.normal(size=(B, T, 3)).astype(np.float32)
+    wanted = rng.integers(0, T, (B, 12)).astype(np.int32)
+    with jax.set_mesh(tiny.mesh(2, 1, 1, 4)):
+        stripes = striped(row)
+        read = [at_places(stripes, wanted, dims) for dims in ("BMD", "BSD")]
+    np.testing.assert_array_equal(stripes, row[:, places(T, 4).reshape(-1)])
+    for found in read:
+        np.testing.assert_array_equal(found, np.take_along_axis(row, wanted[..., None], axis=1))

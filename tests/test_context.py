@@ -6,9 +6,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import AbstractMesh
 
 from gram_jax.config import ComputeConfig, ObjectiveConfig
-from gram_jax.mesh import put
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.errors import UserError
+from gram_jax.mesh import AXES, put
 from gram_jax.models.adapters import Adapters, attach
 from gram_jax.models.decoder import weight_dims
 from gram_jax.objectives import objective
@@ -16,6 +19,7 @@ from gram_jax.packing import pack
 from gram_jax.pair import Pair
 from gram_jax.readouts import Readout
 from gram_jax.rows import Example, RowShape, stack_rows
+from gram_jax.scorer import RewardSettings
 from gram_jax.stripes import at_places, places, striped
 from gram_jax.text_packing import pack_texts
 
@@ -106,3 +110,12 @@ def test_a_place_is_found_in_stripes():
     np.testing.assert_array_equal(stripes, row[:, places(T, 4).reshape(-1)])
     for found in read:
         np.testing.assert_array_equal(found, np.take_along_axis(row, wanted[..., None], axis=1))
+
+
+def test_rows_that_are_scored_divide_by_the_devices_of_a_row():
+    mesh, model = AbstractMesh((1, 1, 1, 8), AXES), tiny.config(max_position=4096)
+    tokenizer = Tokenizer.train(["a b c"], 264)
+    chosen = RewardSettings(max_length=2100).resolved(model, tokenizer, mesh)
+    assert (chosen.row_length, chosen.max_length) == (2112, 2100)
+    with pytest.raises(UserError, match=r"row_length=2100 does not divide .* 2 x context=16"):
+        RewardSettings(row_length=2100).resolved(model, tokenizer, mesh)

@@ -122,7 +122,7 @@ def equality(size: Size, dry: bool) -> dict[str, Any]:
         return [x.astype(jnp.float32) for x in found]
 
     def reference(window: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = row_mask(*row[:2]) & window_mask(row[2], jnp.int32(window or FULL))
+        mask = row_mask(row[0], row[1]) & window_mask(row[2], jnp.int32(window or FULL))
         return attention(q, k, v, mask_bias(mask))
 
     t = row[0].shape[1]

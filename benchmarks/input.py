@@ -138,8 +138,8 @@ def _scoring(s: Setting, reading: str, pairs: int) -> Fed:
         check_input(file, (), reading=reading)
         for running in _blocks(file, scorer):
             for batch in running.batches:
-                jax.block_until_ready(jax.device_put(stack_rows([row.batch for row in batch])))
-                rows += len(batch)
+                jax.block_until_ready(jax.device_put(stack_rows([row.batch for row in batch.rows])))
+                rows += len(batch.rows)
         return time.perf_counter() - began, rows
 
     (first, *_) = next(_blocks(file, scorer)).batches
@@ -148,17 +148,16 @@ def _scoring(s: Setting, reading: str, pairs: int) -> Fed:
         began = time.perf_counter()
         for _ in scorer.run([first]):
             pass
-        return time.perf_counter() - began, len(first)
+        return time.perf_counter() - began, len(first.rows)
 
     return Fed(read, score)
 
 
 def _blocks(file: Path, scorer: Scorer) -> Iterator[Running]:
     """The blocks of a file, each packed into rows."""
-    shape, batch_rows = scorer.shape, scorer.settings.batch_rows
-    block_tokens = BLOCK_BATCHES * batch_rows * shape.tokens
+    block_tokens = BLOCK_BATCHES * scorer.shapes[-1].places
     for block in read_blocks(file, scorer.encoder, start=0, block_tokens=block_tokens):
-        yield Running(block.sequences.examples(), shape, batch_rows)
+        yield Running(block.sequences.examples(), scorer.shapes)
 
 
 if __name__ == "__main__":

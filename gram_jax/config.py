@@ -154,6 +154,9 @@ class MeshConfig:
     tensor: int = setting(
         1, "Heads, feed-forward and vocabulary are split over this axis.", resume=FREE
     )
+    context: int = setting(
+        1, "The places of a row, and weights, are split over this axis: for long rows.", resume=FREE
+    )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -131,7 +131,7 @@ def load(
         one = SingleDeviceSharding(jax.devices()[0])
         targets = jax.tree.map(lambda _: one, abstract)
     else:
-        check_divides(mesh, config, mesh.shape["data"] * mesh.shape["fsdp"])
+        check_divides(mesh, config)
         targets = shardings(abstract, mesh)
     with ExitStack() as stack:
         tensors = _Tensors(folder, stack)

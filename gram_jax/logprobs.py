@@ -1,9 +1,9 @@
 """The primitive: log-probs of target tokens from hidden states, without a [B, T, V] array.
 
 Logits exist for one chunk of targets at a time, in float32, forward and backward. On a mesh the
-unembedding stays split over ``tensor``; what the devices need of each other is exchanged once,
-after the loop over chunks. Each of forward and backward is one ``shard_map``, inside one
-``custom_vjp``.
+unembedding stays split over ``tensor``, and targets over ``context``; what the devices need of each
+other is exchanged once, after the loop over chunks. Each of forward and backward is one
+``shard_map``, inside one ``custom_vjp``.
 
 A gradient that depends on the log-probs, such as that of a ranking loss, needs the logits a second
 time. Where the loss is a weighted sum of them, :func:`next_token_loss` takes its gradient in the
@@ -32,7 +32,8 @@ def target_logprobs(
     """log softmax(hidden @ unembedding^T)[targets].
 
     Args:
-      hidden: [B, M, D] hidden states at the places that predict the targets.
+      hidden: [B, M, D] hidden states at the places that predict the targets; on a mesh, M divides
+        by ``context``.
       unembedding: [V, D].
       targets: [B, M] int32 ids in [0, V).
       chunk: targets per row whose logits exist at once; 0 = chosen from the sizes.
@@ -47,9 +48,8 @@ def target_logprobs_and_logz(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """As :func:`target_logprobs`, and log sum_v exp(logit_v), float32 [B, M]."""
-    hidden, unembedding, (targets,), chunk, m = _prepared(hidden, unembedding, (targets,), chunk)
-    logprob, logz = _primitive(hidden, unembedding, targets, chunk)
-    return logprob[:, :m], logz[:, :m]
+    unembedding, chunk = _prepared(unembedding, targets, chunk)
+    return _primitive(hidden, unembedding, targets, chunk)
 
 
 def next_token_loss(
@@ -80,9 +80,7 @@ def next_token_loss(
         return next_token_sums(*tokens, weights, z_loss)
     # Zeros, so that what an unused slot holds (NaN, even) is not multiplied by its weight.
     hidden = jnp.where((weights != 0)[..., None], hidden, 0)
-    hidden, unembedding, (targets, weights), chunk, _ = _prepared(
-        hidden, unembedding, (targets, weights), chunk
-    )
+    unembedding, chunk = _prepared(unembedding, targets, chunk)
     return _fused(hidden, unembedding, targets, weights, z_loss, chunk)
 
 
@@ -100,27 +98,20 @@ def next_token_sums(
     return nll + z_loss * (weights_bm * jnp.square(logz_bm)).sum(), nll
 
 
-def _prepared(
-    hidden: jax.Array, unembedding: jax.Array, per_target: tuple[jax.Array, ...], chunk: int
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...], int, int]:
-    """The arrays with D whole and M padded to whole chunks, the size of one, and M itself."""
+def _prepared(unembedding: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, int]:
+    """The unembedding with D whole, and how many targets of a row are computed at once."""
     mesh = jax.sharding.get_abstract_mesh()
     unembedding = gathered(unembedding, "VD")
+    (rows, m), vocabulary = targets.shape, unembedding.shape[0]
+    if not mesh.empty:
+        rows //= mesh.shape["data"] * mesh.shape["fsdp"]
+        m //= mesh.shape["context"]
+        vocabulary //= mesh.shape["tensor"]
     if chunk == 0:
-        rows, vocabulary = hidden.shape[0], unembedding.shape[0]
-        if not mesh.empty:
-            rows //= mesh.shape["data"] * mesh.shape["fsdp"]
-            vocabulary //= mesh.shape["tensor"]
         budget = _CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else _CHUNK_BYTES
         chunk = max(1, _LEAST_TARGETS // rows, budget // (4 * rows * vocabulary))
-    m = hidden.shape[1]
     steps = -(-m // min(chunk, m))
-    chunk = -(-m // steps)
-    pad = steps * chunk - m
-    if pad:
-        hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-        per_target = tuple(jnp.pad(x, ((0, 0), (0, pad))) for x in per_target)
-    return hidden, unembedding, per_target, chunk, m
+    return unembedding, -(-m // steps)
 
 
 def reference_logprobs(
@@ -219,15 +210,17 @@ def _per_device(local: Any, signature: str, chunk: int, **settings: Any) -> Any:
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, M, ...] -> [M / chunk, B, chunk, ...]."""
+    """[B, M, ...] -> [M / chunk, B, chunk, ...]; the last chunk is filled up with zeros."""
+    pad = -x.shape[1] % chunk
+    x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
     b, m = x.shape[:2]
     return jnp.moveaxis(x.reshape(b, m // chunk, chunk, *x.shape[2:]), 1, 0)
 
 
-def _unchunk(x: jax.Array) -> jax.Array:
+def _unchunk(x: jax.Array, m: int) -> jax.Array:
     """The inverse of :func:`_chunks`."""
     steps, b, chunk = x.shape[:3]
-    return jnp.moveaxis(x, 0, 1).reshape(b, steps * chunk, *x.shape[3:])
+    return jnp.moveaxis(x, 0, 1).reshape(b, steps * chunk, *x.shape[3:])[:, :m]
 
 
 def _logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
@@ -258,7 +251,8 @@ def _forward_local(
         return None, (top, total, jnp.where(here, picked, 0.0))
 
     xs = tuple(_chunks(x, chunk) for x in (hidden, ids, mine))
-    top, total, picked = (_unchunk(x) for x in jax.lax.scan(step, None, xs)[1])
+    m = targets.shape[1]
+    top, total, picked = (_unchunk(x, m) for x in jax.lax.scan(step, None, xs)[1])
     if distributed:
         whole_top = jax.lax.pmax(top, "tensor")
         total = jax.lax.psum(total * jnp.exp(top - whole_top), "tensor")
@@ -296,12 +290,12 @@ def _backward_local(
     arrays = (hidden, ids, mine, logz, d_logprob, d_logz)
     start = jnp.zeros(unembedding.shape, jnp.float32)
     if distributed:
-        start = jax.lax.pcast(start, (*ROWS, "tensor"), to="varying")
+        start = jax.lax.pcast(start, (*ROWS, "context", "tensor"), to="varying")
     d_u, d_h = jax.lax.scan(step, start, tuple(_chunks(x, chunk) for x in arrays))
-    d_h = _unchunk(d_h)
+    d_h = _unchunk(d_h, targets.shape[1])
     if distributed:
         d_h = jax.lax.psum(d_h, "tensor")
-        d_u = jax.lax.psum(d_u, ROWS)
+        d_u = jax.lax.psum(d_u, (*ROWS, "context"))
     return d_h.astype(hidden.dtype), d_u.astype(unembedding.dtype)
 
 
@@ -334,14 +328,14 @@ def _fused_local(
 
     start = jnp.zeros(unembedding.shape, jnp.float32)
     if distributed:
-        start = jax.lax.pcast(start, (*ROWS, "tensor"), to="varying")
+        start = jax.lax.pcast(start, (*ROWS, "context", "tensor"), to="varying")
     d_u, found = jax.lax.scan(
         step, start, tuple(_chunks(x, chunk) for x in (hidden, targets, weights))
     )
-    per_target = tuple(map(_unchunk, found))
+    per_target = tuple(_unchunk(x, targets.shape[1]) for x in found)
     if distributed:
         # The axis of the vocabulary is one device wide: this only says that all there is was added.
         per_target = jax.lax.psum(per_target, "tensor")
-        d_u = jax.lax.psum(d_u, ROWS)
+        d_u = jax.lax.psum(d_u, (*ROWS, "context"))
     logprob, logz, d_h = per_target
     return logprob, logz, d_h, d_u.astype(unembedding.dtype)

@@ -112,7 +112,8 @@ class _Stage:
             self.hf_info = info.hf_info
             model = abstract_decoder(self.config.model, self.config.compute, mesh)
         c = self.config
-        check_divides(mesh, c.model, c.train.batch_rows // c.train.accumulate)
+        rows = c.train.batch_rows // c.train.accumulate
+        check_divides(mesh, c.model, rows, c.data.row_length)
         self.steps = num_steps(c.train, self.data.per_row(c.data.weights))
         self.tx = make_optimizer(c.optimizer, self.steps)
         model = attach(model, adapters_of(c), c.seed)

@@ -1,8 +1,9 @@
 """The device mesh and which of its axes each named dimension is split over.
 
-Arrays are split in two ways only. Weights: D over ``fsdp``; V, H, K and F over ``tensor``.
-Everything that has rows: B over ``data`` and ``fsdp``; heads, features and vocabulary as the
-weights they come from. A weight is gathered over ``fsdp`` just before use (:func:`gathered`).
+Arrays are split in two ways only. Weights: D over ``fsdp`` and ``context``; V, H, K and F over
+``tensor``. Everything that has rows: B over ``data`` and ``fsdp``; places and targets over
+``context`` (gram_jax/stripes.py); heads, features and vocabulary as the weights they come from. A
+weight is gathered along D just before use (:func:`gathered`).
 
 Without a mesh (``jax.set_mesh`` not entered) all functions here leave arrays as they are, so a
 model works on one device with no ceremony.
@@ -18,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,14 +28,17 @@ from gram_jax.config_rules import unknown_field
 from gram_jax.distributed import barrier, process_count
 from gram_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")
 """The axes that rows are split over."""
+_PARTS = ("fsdp", "context")
+"""The axes that the model width of weights, gradients and moments is split over."""
 
 _Tree = TypeVar("_Tree")
 
-_WEIGHT_AXES = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
-_ACTIVATION_AXES = {"B": ROWS, "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+_TENSOR = dict.fromkeys("VHKF", "tensor")
+_WEIGHT_AXES = {"D": _PARTS, **_TENSOR}
+_ACTIVATION_AXES = {"B": ROWS, **dict.fromkeys("TNM", "context"), **_TENSOR}
 
 
 def weight_spec(dims: str) -> P:
@@ -46,7 +51,11 @@ def weight_spec(dims: str) -> P:
 
 
 def activation_spec(dims: str) -> P:
-    """The sharding of an activation, e.g. ``BTHE``."""
+    """The sharding of an activation, e.g. ``BTHE``.
+
+    T places and M targets, of which each device of ``context`` has its own, and N blocks of such
+    places; S places, or sequences, of which it has all.
+    """
     return P(*(_ACTIVATION_AXES.get(dim) for dim in dims))
 
 
@@ -66,7 +75,8 @@ def per_device(local: Any, signature: str) -> Any:
     """``local`` on each device's share of the rows and heads; on whole arrays without a mesh.
 
     For kernels, which the compiler cannot split. ``signature`` names the dimensions of its arrays,
-    e.g. ``BTHE,BT->BTHE``; nothing may depend on what other devices hold.
+    e.g. ``BTHE,BT->BTHE``; nothing may depend on what other devices hold, but what is asked of them
+    (gram_jax/stripes.py).
     """
     if _no_mesh():
         return local
@@ -84,18 +94,26 @@ def per_device(local: Any, signature: str) -> Any:
     return lambda *arrays: run(*map(jax.reshard, arrays, inputs))
 
 
+def context_size() -> int:
+    """Over how many devices a row is split."""
+    return 1 if _no_mesh() else int(jax.sharding.get_abstract_mesh().shape["context"])
+
+
 def _no_mesh() -> bool:
     return bool(jax.sharding.get_abstract_mesh().empty)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor over all devices (or those given).
+    """A mesh with axes data, fsdp, tensor, context over all devices (or those given).
+
+    The devices may be those of a topology that is not here (jax.experimental.topologies).
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or ``data`` does not divide by
+        the number of slices.
     """
     found = list(devices) if devices is not None else jax.devices()
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.tensor, config.context]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(
             f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, one may be -1"
@@ -108,12 +126,41 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices;"
             f" there are {len(found)}"
         )
-    if devices is None:
-        mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
-        if process_count() > 1 and found[0].platform == "cpu":
-            _connect(mesh)
-        return mesh
-    return Mesh(np.asarray(found).reshape(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
+    mesh = Mesh(arranged(sizes, found), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    if devices is None and process_count() > 1 and found[0].platform == "cpu":
+        _connect(mesh)
+    return mesh
+
+
+def arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array of these sizes of `AXES`, so that neighbours talk most.
+
+    TPU slices are joined by a slow network, which only ``data`` crosses: each slice holds a whole
+    number of copies of the model, and gradients are summed over it once a step.
+
+    Raises:
+      UserError: ``data`` does not divide by the number of slices, or slices differ in size.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        # Hosts with GPUs have such numbers too; there fsdp over several hosts is what people do.
+        number = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
+        slices.setdefault(number, []).append(device)
+    data, count = sizes[0], len(slices)
+    if data % count:
+        raise UserError(
+            f"mesh.data={data} does not divide by the {count} slices of these devices; only data"
+            " may cross from slice to slice"
+        )
+    if len(lengths := {len(some) for some in slices.values()}) > 1:
+        raise UserError(f"the slices differ in size ({min(lengths)} to {max(lengths)} devices)")
+    inner = (data // count, *sizes[1:])
+    return np.concatenate(
+        [
+            mesh_utils.create_device_mesh(inner, slices[number], allow_split_physical_axes=True)
+            for number in sorted(slices)
+        ]
+    )
 
 
 def _connect(mesh: Mesh) -> None:
@@ -151,20 +198,22 @@ def parse_mesh(text: str) -> MeshConfig:
     return config
 
 
-def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int) -> None:
-    """Every split dimension must divide by its axis.
+def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int = 0, row_length: int = 0) -> None:
+    """Every split dimension must divide by its axis; a size of 0 is not looked at.
 
     Raises:
       UserError: names the dimension, its size and the axis.
     """
-    tensor, fsdp, data = (mesh.shape[axis] for axis in ("tensor", "fsdp", "data"))
+    data, fsdp, tensor, context = (mesh.shape[axis] for axis in AXES)
     for name, size, parts, axis in (
         ("model.vocab_size", model.vocab_size, tensor, "tensor"),
         ("model.num_heads", model.num_heads, tensor, "tensor"),
         ("model.num_kv_heads", model.num_kv_heads, tensor, "tensor"),
         ("model.intermediate_size", model.intermediate_size, tensor, "tensor"),
-        ("model.hidden_size", model.hidden_size, fsdp, "fsdp"),
+        ("model.hidden_size", model.hidden_size, fsdp * context, "fsdp x context"),
         ("rows computed at once", batch_rows, data * fsdp, "data x fsdp"),
+        # Two blocks each (gram_jax/stripes.py).
+        ("row_length", row_length, row_parts(mesh), "2 x context"),
     ):
         if size % parts:
             raise UserError(f"{name}={size} does not divide by mesh axis {axis}={parts}")
@@ -173,6 +222,12 @@ def check_divides(mesh: Mesh, model: ModelConfig, batch_rows: int) -> None:
 def row_shards(mesh: Mesh | None) -> int:
     """Over how many devices rows are spread."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """What the length of a row must divide by: two stripes for each device that holds a part."""
+    context = 1 if mesh is None else mesh.shape["context"]
+    return 2 * context if context > 1 else 1
 
 
 def named(mesh: Mesh, spec: P) -> NamedSharding:
@@ -206,6 +261,11 @@ def no_surprises() -> contextlib.AbstractContextManager[None]:
     the host. (A CPU's arrays are the host's own, so there only what goes in is seen.)
     """
     return jax.transfer_guard("disallow")
+
+
+def split(array: jax.Array, dims: str) -> jax.Array:
+    """The same array with its named dimensions split as an activation's, and no others."""
+    return array if _no_mesh() else jax.reshard(array, activation_spec(dims))
 
 
 def whole(array: jax.Array) -> jax.Array:

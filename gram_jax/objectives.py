@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from gram_jax.config import ObjectiveConfig
-from gram_jax.logprobs import next_token_loss
 from gram_jax.models.decoder import Decoder
-from gram_jax.readouts import Read, Readout, likelihood, read, target_hidden
+from gram_jax.readouts import Read, Readout, likelihood, read, token_loss
 from gram_jax.rows import Batch
 
 Metrics = dict[str, jax.Array]
@@ -60,14 +59,7 @@ def objective(
     """
     used = jnp.sum((batch.segment_ids != 0).astype(jnp.float32))
     if readout is None:
-        total, nll = next_token_loss(
-            target_hidden(batch, model(batch)),
-            model.unembedding_vd(),
-            batch.targets,
-            batch.weights,
-            z_loss=config.z_loss,
-            chunk=model.compute.logprob_chunk,
-        )
+        total, nll = token_loss(model, batch, model(batch), config.z_loss)
         return total, (jnp.sum(batch.weights), {"loss": total, "nll": nll, "tokens": used})
     found = read(model, batch, readout, label_mass=config.name == "judge_full_vocab")
     total, denominator, metrics = preference_loss(found, batch, config)

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gram_jax.logprobs import target_logprobs_and_logz
-from gram_jax.mesh import out_spec, whole
+from gram_jax.logprobs import next_token_loss, target_logprobs_and_logz
+from gram_jax.mesh import context_size, out_spec, split, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.rows import Batch
+from gram_jax.stripes import at_places
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,20 +60,50 @@ class Read(NamedTuple):
     label_mass: jax.Array | None  # judge: log(p_A + p_B) over the whole vocabulary, [B, S]
 
 
-def target_hidden(batch: Batch, hidden_btd: jax.Array) -> jax.Array:
-    """The hidden states that predict the targets, [B, M, D]."""
-    return jnp.take_along_axis(hidden_btd, batch.target_index[..., None], axis=1)
-
-
 def token_logprobs(model: Decoder, batch: Batch, hidden_btd: jax.Array) -> TokenLogprobs:
     """log p(target given all before it) at each target slot, from the decoder's hidden states."""
-    logprob, logz = target_logprobs_and_logz(
-        target_hidden(batch, hidden_btd),
+    return _logprobs_at(model, hidden_btd, batch.target_index, batch.targets)
+
+
+def token_loss(
+    model: Decoder, batch: Batch, hidden_btd: jax.Array, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sums of `next_token_loss` over a batch's targets."""
+    hidden_bmd, targets_bm, weights_bm = _at_targets(
+        hidden_btd, batch.target_index, batch.targets, batch.weights
+    )
+    return next_token_loss(
+        hidden_bmd,
         model.unembedding_vd(),
-        batch.targets,
+        targets_bm,
+        weights_bm,
+        z_loss=z_loss,
         chunk=model.compute.logprob_chunk,
     )
-    return TokenLogprobs(logprob, logz)
+
+
+def _logprobs_at(
+    model: Decoder, hidden_btd: jax.Array, places_bm: jax.Array, targets_bm: jax.Array
+) -> TokenLogprobs:
+    """log p(target) from the hidden states at these places of the row."""
+    slots = targets_bm.shape[1]
+    hidden_bmd, targets_bm = _at_targets(hidden_btd, places_bm, targets_bm)
+    found = target_logprobs_and_logz(
+        hidden_bmd, model.unembedding_vd(), targets_bm, chunk=model.compute.logprob_chunk
+    )
+    return TokenLogprobs(*(split(x, "B")[:, :slots] for x in found))
+
+
+def _at_targets(
+    hidden_btd: jax.Array, places_bm: jax.Array, *per_target: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The hidden states at places of the row, [B, M, D], and what belongs to them, [B, M] each.
+
+    Each device of ``context`` takes as many slots; those that are added for that hold zeros.
+    """
+    pad = ((0, 0), (0, -places_bm.shape[1] % context_size()))
+    hidden_bmd = at_places(hidden_btd, jnp.pad(places_bm, pad), "BMD")
+    return hidden_bmd, *(split(jnp.pad(x, pad), "BM") for x in per_target)
 
 
 def read(model: Decoder, batch: Batch, readout: Readout, *, label_mass: bool = False) -> Read:
@@ -88,7 +119,7 @@ def read(model: Decoder, batch: Batch, readout: Readout, *, label_mass: bool = F
             raise ValueError("these rows have no targets, so responses have no log-probs")
         scores = likelihood(tokens.logprob, batch.sequence_ids, readout.sequences)
         return Read(scores, tokens, None)
-    hidden_bsd = jnp.take_along_axis(hidden_btd, batch.readout_index[..., None], axis=1)
+    hidden_bsd = at_places(hidden_btd, batch.readout_index, "BSD")
     if readout.reading == "head" or not model.config.has_unembedding:
         # The head of a judge that became a classifier is the difference of its labels' columns.
         score_bs = head_scores(hidden_bsd, model.head[...])
@@ -98,9 +129,7 @@ def read(model: Decoder, batch: Batch, readout: Readout, *, label_mass: bool = F
     mass_bs = None
     if label_mass:
         first = jnp.full_like(batch.readout_index, readout.labels[0])
-        _, logz_bs = target_logprobs_and_logz(
-            hidden_bsd, model.unembedding_vd(), first, chunk=model.compute.logprob_chunk
-        )
+        logz_bs = _logprobs_at(model, hidden_btd, batch.readout_index, first).logz
         mass_bs = jax.nn.logsumexp(logits_bsl, axis=-1) - logz_bs
     return Read(_present(logits_bsl[..., 0] - logits_bsl[..., 1], batch), tokens, mass_bs)
 

@@ -138,7 +138,7 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
         "mesh",
         "",
         "How devices share the work, as in fsdp=2,tensor=4: data (copies of the model), fsdp and"
-        " tensor (parts of it). data takes what is left.",
+        " tensor (parts of it), context (parts of each row). data takes what is left.",
     )
 
 

@@ -24,7 +24,7 @@ from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.encoding import BlockBuilder, Encoded, Encoder
 from gram_jax.errors import UserError
 from gram_jax.evaluation import win_probability
-from gram_jax.mesh import check_divides, row_shards
+from gram_jax.mesh import check_divides, row_parts, row_shards
 from gram_jax.models.decoder import Decoder, compute_dtype
 from gram_jax.packing import PackCounts
 from gram_jax.readouts import Readout
@@ -156,8 +156,11 @@ class RewardSettings:
         if not self.beta > 0:
             raise UserError(f"beta={self.beta} must be positive")
         longest = model.max_position
-        usual = _ROW_LENGTH.get(jax.default_backend(), _ROW_LENGTH_ACCELERATOR)
-        row_length = self.row_length or max(usual, self.max_length)
+        row_length = self.row_length
+        if not row_length:
+            usual = _ROW_LENGTH.get(jax.default_backend(), _ROW_LENGTH_ACCELERATOR)
+            row_length = max(usual, self.max_length)
+            row_length += -row_length % row_parts(mesh)
         max_length = self.max_length or min(row_length, longest)
         if not len(tokenizer.prefix_ids) + 2 <= max_length <= min(row_length, longest):
             raise UserError(
@@ -170,7 +173,7 @@ class RewardSettings:
         if batch_rows < 1:
             raise UserError(f"batch_rows={batch_rows} must be positive")
         if mesh is not None:
-            check_divides(mesh, model, batch_rows)
+            check_divides(mesh, model, batch_rows, row_length)
         template = self.template
         if self.reading == "judge" and template is None:
             template = JudgeTemplate.load()
@@ -217,7 +220,7 @@ class Scorer:
             add_eos=s.add_eos,
             template=s.template,
         )
-        self.shapes = batch_shapes(s.row_length, s.batch_rows, s.reading, row_shards(mesh))
+        self.shapes = batch_shapes(s.row_length, s.batch_rows, s.reading, mesh)
         self.readout = Readout(s.reading, self.shapes[-1].row.sequences, labels)
         self.packed, self.engine = PackCounts(), EngineCounts()
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from gram_jax.mesh import no_surprises, put, whole
+from gram_jax.mesh import no_surprises, put, row_parts, row_shards, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.packing import PackCounts, pack
 from gram_jax.readouts import Readout, SequenceScores, read
@@ -119,19 +119,19 @@ def scoring_shape(row_length: int, reading: str = "likelihood") -> RowShape:
 
 
 def batch_shapes(
-    row_length: int, batch_rows: int, reading: str = "likelihood", shards: int = 1
+    row_length: int, batch_rows: int, reading: str = "likelihood", mesh: Mesh | None = None
 ) -> list[BatchShape]:
     """The shapes that batches may have, the smallest first; the last one is the usual one.
 
-    Each holds twice the places of the one before: more rows than are spread over ``shards``, or
-    longer ones. The others are for inputs that would not half fill the usual one.
+    Each holds twice the places of the one before: more rows, spread over ``mesh``, or longer
+    ones. The others are for inputs that would not half fill the usual one.
     """
     shapes = [BatchShape(scoring_shape(row_length, reading), batch_rows)]
     while True:
         row, size = shapes[0]
-        if size % (2 * shards) == 0:
+        if size % (2 * row_shards(mesh)) == 0:
             size //= 2
-        elif row.tokens % 2 == 0 and row.tokens // 2 >= _SHORTEST_ROW:
+        elif row.tokens % (2 * row_parts(mesh)) == 0 and row.tokens // 2 >= _SHORTEST_ROW:
             row = scoring_shape(row.tokens // 2, reading)
         else:
             return shapes
@@ -158,7 +158,7 @@ def score_examples(
     Args:
       model: a decoder, placed on ``mesh`` if there is one.
       examples: read as they are needed.
-      shape: of the rows; see :func:`scoring_shape`.
+      shape: of the rows; see :func:`scoring_shape`. Their length divides by the mesh's 2 x context.
       batch_rows: rows computed at once; divides by the mesh's data x fsdp.
       readout: what a score is; None = the log-prob.
       mesh: what the model is spread over, or None for one device.

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gram_jax.mesh import out_spec
+from gram_jax.mesh import out_spec, per_device
 from gram_jax.models.attention import FULL, attention, mask_bias, row_mask, window_mask
+from gram_jax.stripes import own_places, whole_rows
 
 EXAMPLES = {
     # Each example: (prefix, branch, branch, ...); what remains of T is padding.
@@ -49,8 +50,8 @@ def check(attend, row, window, arrays, mesh=None):
     """
     place = jax.device_put if mesh is not None else lambda x, _: x
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        found, finite = jax.jit(functools.partial(_with_gradients, attend))(
-            [place(x, out_spec("BT")) for x in row], *(place(x, out_spec("BTHE")) for x in arrays)
+        found, finite = jax.jit(functools.partial(_with_gradients, in_stripes(attend)))(
+            [place(x, out_spec("BS")) for x in row], *(place(x, out_spec("BSHE")) for x in arrays)
         )
     plain = functools.partial(reference, window)
     expected, _ = jax.jit(functools.partial(_with_gradients, plain))(row, *arrays)
@@ -59,6 +60,13 @@ def check(attend, row, window, arrays, mesh=None):
     for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         a, b = np.asarray(a), np.asarray(b)
         np.testing.assert_allclose(a, b, atol=tolerance * abs(b).max(), rtol=0, err_msg=name)
+
+
+def in_stripes(attend):
+    """The same of arrays in the row's order."""
+    stripe = per_device(own_places, "BSHE->BTHE")
+    order = per_device(whole_rows, "BTHE->BSHE")
+    return lambda q, k, v, *row: order(attend(stripe(q), stripe(k), stripe(v), *row))
 
 
 def _with_gradients(attend, row, q, k, v, cotangent):

@@ -8,7 +8,7 @@ import pytest
 
 from gram_jax.config import Config
 from gram_jax.config_rules import validate
-from gram_jax.mesh import check_divides
+from gram_jax.mesh import AXES, check_divides
 from gram_jax.models.families import model_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -84,7 +84,7 @@ def test_the_released_models_have_the_sizes_that_the_recipe_says(name):
     assert gigabytes == str(round(16 * model.num_parameters() / 1e9))
     # Rows of a part, heads and features can be split as the recipe says.
     for devices in (1, 2, 4, 8, 16):
-        mesh = jax.sharding.AbstractMesh((1, devices, 1), ("data", "fsdp", "tensor"))
+        mesh = jax.sharding.AbstractMesh((1, devices, 1, 1), AXES)
         check_divides(mesh, model, 16)
 
 

@@ -30,6 +30,7 @@ MODEL = ModelConfig(
 )
 WHOLE = MeshConfig(data=-1)
 CUT = MeshConfig(data=2, fsdp=2, tensor=2)
+LONG = MeshConfig(data=1, fsdp=2, context=4)
 
 
 def losses(workdir):
@@ -38,7 +39,8 @@ def losses(workdir):
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight devices")
-def test_a_run_goes_on_on_another_mesh(tmp_path):
+@pytest.mark.parametrize(("begun", "resumed"), [(WHOLE, CUT), (LONG, CUT)], ids=str)
+def test_a_run_goes_on_on_another_mesh(tmp_path, begun, resumed):
     texts = [f"Number {i} is followed by number {i + 1}." for i in range(60)]
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -46,7 +48,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     config = Config(
         tokenizer=str(tmp_path / "tokenizer"),
         model=MODEL,
-        mesh=WHOLE,
+        mesh=begun,
         data=DataConfig(train=(str(data),), row_length=64),
         train=TrainConfig(length=4, batch_rows=8),
         checkpoint=CheckpointConfig(every=2),
@@ -54,5 +56,5 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     run_stage(config, tmp_path / "one", quiet=True)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "4")
-    run_stage(dataclasses.replace(config, mesh=CUT), tmp_path / "two", quiet=True)
+    run_stage(dataclasses.replace(config, mesh=resumed), tmp_path / "two", quiet=True)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

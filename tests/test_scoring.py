@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import peer_models
 import pytest
+import tiny
 import torch
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -149,7 +150,7 @@ def test_scores_do_not_depend_on_order_and_neighbours(model, examples, alone):
     check_alike(scores_of(score_examples(model, some, SHAPE, 4)), expected)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("axes", [{"fsdp": 2}, {"context": 2}, {"data": 2, "tensor": 2}])
 def test_scores_do_not_depend_on_the_mesh(peer, examples, alone, tmp_path, axes):
     config = MeshConfig(**{"data": 1, **axes})
     mesh = make_mesh(config, jax.devices()[: 2 * len(axes)])
@@ -204,7 +205,7 @@ def test_batches_come_in_sizes_that_double():
         return [(size, row.tokens) for row, size in batch_shapes(*args)]
 
     assert sizes(1024, 2) == [(1, 256), (1, 512), (1, 1024), (2, 1024)]
-    assert sizes(600, 6, "head", 2) == [(6, 300), (6, 600)]
+    assert sizes(600, 6, "head", tiny.mesh(1, 2, 1)) == [(6, 300), (6, 600)]
     assert sizes(64, 3) == [(3, 64)]
 
 

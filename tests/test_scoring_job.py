@@ -479,7 +479,7 @@ def test_a_mesh_is_read_from_the_command_line():
     from gram_jax.mesh import parse_mesh
 
     assert parse_mesh("") == MeshConfig()
-    assert parse_mesh("fsdp=2,tensor=4") == MeshConfig(fsdp=2, tensor=4)
+    assert parse_mesh("fsdp=2,context=4") == MeshConfig(fsdp=2, context=4)
     with pytest.raises(UserError, match=r"mesh.tensr is not a setting; did you mean mesh.tensor"):
         parse_mesh("tensr=4")
     with pytest.raises(UserError, match="must read fsdp=NUMBER"):

@@ -113,10 +113,12 @@ def test_the_state_keeps_its_shards_and_counts_its_steps():
         weight_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.trainable)[0]
     }
-    assert by_name["embedding"].sharding.spec == jax.P("tensor", "fsdp")
-    assert by_name["q"].sharding.spec == jax.P(None, "fsdp", "tensor", None)
+    assert by_name["embedding"].sharding.spec == jax.P("tensor", ("fsdp", "context"))
+    assert by_name["q"].sharding.spec == jax.P(None, ("fsdp", "context"), "tensor", None)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim == 4]
-    assert any(leaf.sharding.spec == jax.P(None, "fsdp", "tensor", None) for leaf in moments)
+    assert any(
+        leaf.sharding.spec == jax.P(None, ("fsdp", "context"), "tensor", None) for leaf in moments
+    )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.trainable))
 
 

@@ -49,9 +49,10 @@ def decoder(model=None, compute=COMPUTE, mesh=None, seed=0):
     )
 
 
-def mesh(data, fsdp, tensor):
-    devices = jax.devices()[: data * fsdp * tensor]
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+def mesh(data, fsdp, tensor, context=1):
+    devices = jax.devices()[: data * fsdp * tensor * context]
+    sizes = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
+    return make_mesh(sizes, devices)
 
 
 def ids(rng, low, high):

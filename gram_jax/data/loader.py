@@ -60,7 +60,7 @@ def device_batch(rows: Rows, numbers: np.ndarray, parts: int, mesh: Mesh) -> Bat
     read: dict[tuple[int, int], Batch] = {}
 
     def rows_of(index: tuple[slice, ...]) -> Batch:
-        # All fields of a batch ask for the same slices, and so do devices along `tensor`.
+        # All fields of a batch ask for the same slices, and so do devices along other axes.
         start, stop, _ = index[1].indices(grid.shape[1])
         if (start, stop) not in read:
             read[start, stop] = rows.read(grid[:, start:stop])

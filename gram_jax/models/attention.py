@@ -6,6 +6,7 @@ This is the plain XLA path: the reference that every faster backend is tested ag
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,28 @@ FULL = np.iinfo(np.int32).max
 """The window of a layer that sees everything."""
 
 
-def row_mask(segment_ids: jax.Array, branch_ids: jax.Array) -> jax.Array:
-    """Which keys each query may see, [B, T, T] bool (query, key), windows apart.
+def _all(x: jax.Array) -> jax.Array:
+    return x
+
+
+def row_mask(
+    segment_ids: jax.Array,
+    branch_ids: jax.Array,
+    queries: Callable[[jax.Array], jax.Array] = _all,
+) -> jax.Array:
+    """Which keys each query may see, [B, T, S] bool (query, key), windows apart.
 
     Query i sees key j iff j <= i, both lie in the same segment (not padding), and j is in the
     shared prefix or in i's own branch.
+
+    Args:
+      segment_ids, branch_ids: int32 [B, S], of whole rows.
+      queries: takes the queries' places, [B, T], out of such an array; by default all.
     """
-    place = jnp.arange(segment_ids.shape[1])
-    causal = place[:, None] >= place[None, :]
-    query_s, key_s = segment_ids[:, :, None], segment_ids[:, None, :]
-    query_b, key_b = branch_ids[:, :, None], branch_ids[:, None, :]
+    place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    causal = queries(place)[:, :, None] >= place[:, None, :]
+    query_s, key_s = queries(segment_ids)[:, :, None], segment_ids[:, None, :]
+    query_b, key_b = queries(branch_ids)[:, :, None], branch_ids[:, None, :]
     same_segment = (query_s == key_s) & (query_s != 0)
     return causal & same_segment & ((key_b == 0) | (key_b == query_b))
 
@@ -40,12 +53,15 @@ def mask_bias(mask_bts: jax.Array) -> jax.Array:
     return jnp.where(mask_bts, 0.0, -1e30).astype(jnp.float32)
 
 
-def window_mask(positions_bt: jax.Array, window: jax.Array) -> jax.Array:
-    """Keys within a sliding window, [B, T, T] bool: at positions above p - window for a query at p.
+def window_mask(
+    positions_bs: jax.Array, window: jax.Array, queries: Callable[[jax.Array], jax.Array] = _all
+) -> jax.Array:
+    """Keys within a sliding window, [B, T, S] bool: at positions above p - window for a query at p.
 
     Positions, not places in the row, so a branch sees the end of the prefix that it continues.
+    ``queries`` as in :func:`row_mask`.
     """
-    return positions_bt[:, :, None] - positions_bt[:, None, :] < window
+    return queries(positions_bs)[:, :, None] - positions_bs[:, None, :] < window
 
 
 def attention(

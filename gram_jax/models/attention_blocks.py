@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from gram_jax.mesh import per_device
 from gram_jax.models.attention import FULL
 from gram_jax.models.ranges import KeyRanges, Spans, key_blocks, key_ranges
+from gram_jax.stripes import own_places, whole_rows
 
 # Measured on CPU: the work in the cache's reach, and little of it ruled out by the mask.
 _QUERIES = _KEYS = 64
@@ -34,13 +35,17 @@ _MASKED = -1e30
 
 
 class BlockView(NamedTuple):
-    """What each query of B rows sees, and which blocks hold it; T is padded to whole blocks."""
+    """What each query of B rows sees, and which blocks hold it.
+
+    A device's queries are padded to whole blocks, and so are the keys of a row.
+    """
 
     ranges: KeyRanges
     spans: Spans
 
 
-_VIEW_DIMS = "BT,BT,BT,BN,BN,BN,BN"
+_VIEW_DIMS = "BT,BT,BT,BT,BN,BN,BN,BN"
+_RANGES = len(KeyRanges._fields)
 
 
 def block_view(
@@ -59,13 +64,17 @@ def block_view(
     def local(
         segment: jax.Array, branch: jax.Array, position: jax.Array, width: jax.Array
     ) -> tuple[jax.Array, ...]:
-        ranges = key_ranges(_padded(segment), _padded(branch), _padded(position), width)
+        whole = key_ranges(segment, branch, position, width)
+        ranges = KeyRanges(*(_padded(own_places(x)) for x in whole))
+        # Zeros are a query that sees key 0; those that are added see nothing.
+        there = jnp.arange(ranges.place.shape[1]) < own_places(segment).shape[1]
+        ranges = ranges._replace(place=jnp.where(there, ranges.place, -1))
         return *ranges, *key_blocks(ranges, _QUERIES, _KEYS)
 
     width = jnp.asarray(FULL if window is None else window, jnp.int32)
-    make = per_device(local, f"BT,BT,BT,->{_VIEW_DIMS}")
+    make = per_device(local, f"BS,BS,BS,->{_VIEW_DIMS}")
     found = make(segment_ids, branch_ids, positions, width)
-    return BlockView(KeyRanges(*found[:3]), Spans(*found[3:]))
+    return BlockView(KeyRanges(*found[:_RANGES]), Spans(*found[_RANGES:]))
 
 
 def block_attention(
@@ -87,6 +96,7 @@ def block_attention(
 def _local(q: jax.Array, k: jax.Array, v: jax.Array, *view: jax.Array) -> jax.Array:
     b, t, h, e = q.shape
     heads = k.shape[2]
+    k, v = whole_rows(k), whole_rows(v)
     q, k, v = (_padded(x) for x in (q / math.sqrt(e), k, v))
     n = q.shape[1] // _QUERIES
     # Queries of a block lie together, with all heads of their group: one product for the group.
@@ -103,9 +113,8 @@ def _row(q_nkgqe: jax.Array, k_kse: jax.Array, v_kse: jax.Array, view: Any) -> j
 
 
 class _Block(NamedTuple):
-    """One block of queries: its number, what its queries see, and the blocks to visit."""
+    """One block of queries: what its queries see, and the blocks to visit."""
 
-    number: jax.Array
     ranges: KeyRanges  # [Q]
     spans: Spans  # scalars
 
@@ -124,18 +133,16 @@ class _Block(NamedTuple):
 
     def seen(self, block: jax.Array) -> jax.Array:
         """[Q, keys of the block]."""
-        own = self.number * _QUERIES + jnp.arange(_QUERIES)[:, None]
         place = block * _KEYS + jnp.arange(_KEYS)
         r = KeyRanges(*(x[:, None] for x in self.ranges))
         prefix = (place >= r.prefix_start) & (place < r.prefix_end)
-        return prefix | ((place >= r.branch_start) & (place <= own))
+        return prefix | ((place >= r.branch_start) & (place <= r.place))
 
 
 def _blocks(view: tuple[jax.Array, ...]) -> _Block:
     """All blocks of a row, stacked."""
-    n = view[3].shape[0]
-    ranges = KeyRanges(*(x.reshape(n, _QUERIES) for x in view[:3]))
-    return _Block(jnp.arange(n, dtype=jnp.int32), ranges, Spans(*view[3:]))
+    ranges = KeyRanges(*(x.reshape(-1, _QUERIES) for x in view[:_RANGES]))
+    return _Block(ranges, Spans(*view[_RANGES:]))
 
 
 def _keys(x_kse: jax.Array, block: jax.Array) -> jax.Array:

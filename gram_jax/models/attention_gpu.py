@@ -37,13 +37,13 @@ _MASKED = -1e30  # finite: a query may meet a block of which it sees nothing bef
 class FlashView(NamedTuple):
     """What the kernels need to know of B rows of T places, padded to whole blocks; all int32."""
 
-    ranges: jax.Array  # [B, 3, T]: of each query, see ranges.KeyRanges
+    ranges: jax.Array  # [B, 3, T]: of each query, see ranges.KeyRanges; its place is its index
     forward: jax.Array  # [B, 4, blocks]: key blocks of each query block, see ranges.Spans
     backward: jax.Array  # [B, 4, blocks]: the same with the backward pass' block sizes
     turned: jax.Array  # [B, 2, blocks]: query blocks of each key block, [first, end)
 
 
-_VIEW_DIMS = "BRT,BRN,BRN,BRN"
+_VIEW_DIMS = "BRS,BRJ,BRJ,BRJ"
 
 
 def flash_view(
@@ -59,7 +59,7 @@ def flash_view(
       window: keys at positions above p - window are seen by a query at position p; None = all.
     """
     width = jnp.asarray(FULL if window is None else window, jnp.int32)
-    make = per_device(_view, f"BT,BT,BT,->{_VIEW_DIMS}")
+    make = per_device(_view, f"BS,BS,BS,->{_VIEW_DIMS}")
     return FlashView(*make(segment_ids, branch_ids, positions, width))
 
 
@@ -99,7 +99,7 @@ def _view(
     ranges = key_ranges(segment, branch, position, window)
     queries, keys = _BACKWARD
     return (
-        jnp.stack(ranges, axis=1),
+        jnp.stack(ranges[:3], axis=1),
         jnp.stack(key_blocks(ranges, *_FORWARD), axis=1),
         jnp.stack(key_blocks(ranges, *_BACKWARD), axis=1),
         jnp.stack(query_blocks(segment, branch, keys, queries), axis=1),

@@ -14,11 +14,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gram_jax.models.attention import attention, mask_bias, row_mask, window_mask
+from gram_jax.errors import UserError
+from gram_jax.mesh import context_size, per_device
+from gram_jax.models.attention import FULL, attention, mask_bias, row_mask, window_mask
 from gram_jax.models.attention_blocks import block_attention, block_view
 from gram_jax.models.attention_gpu import flash_attention, flash_view
 from gram_jax.models.attention_tpu import splash_attention, splash_view
 from gram_jax.rows import Batch
+from gram_jax.stripes import own_places, whole_rows
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(q [B, T, H, E], k and v [B, T, K, E]) -> [B, T, H, E]."""
@@ -53,13 +56,30 @@ def attention_of(batch: Batch, name: str) -> Callable[[jax.Array | None], Attend
             block_attention, view=block_view(segments, branches, positions, window)
         )
     if name == "flash":
+        if context_size() > 1:
+            raise UserError(
+                "compute.attention=flash does not split rows over devices: use xla or blocks, or"
+                " a mesh with context=1"
+            )
         return lambda window: functools.partial(
             flash_attention, view=flash_view(segments, branches, positions, window)
         )
-    mask_bts = row_mask(segments, branches)
 
     def reference(window: jax.Array | None) -> Attend:
-        seen = mask_bts if window is None else mask_bts & window_mask(positions, window)
-        return functools.partial(attention, bias_bts=mask_bias(seen))
+        width = jnp.asarray(FULL if window is None else window, jnp.int32)
+        bias = per_device(_bias, "BS,BS,BS,->BTS")(segments, branches, positions, width)
+        attend = per_device(_attention, "BTHE,BTKE,BTKE,BTS->BTHE")
+        return lambda q, k, v: attend(q, k, v, bias)
 
     return reference
+
+
+def _bias(
+    segments: jax.Array, branches: jax.Array, positions: jax.Array, window: jax.Array
+) -> jax.Array:
+    seen = row_mask(segments, branches, own_places) & window_mask(positions, window, own_places)
+    return mask_bias(seen)
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    return attention(q, whole_rows(k), whole_rows(v), bias)

@@ -25,6 +25,7 @@ from gram_jax.models.attention import FULL, rope_tables, rotate
 from gram_jax.models.backends import Attend, attention_of, backend
 from gram_jax.models.products import product
 from gram_jax.rows import Batch
+from gram_jax.stripes import striped
 
 BLOCK_DIMS = {
     "attention_norm": "d",
@@ -197,13 +198,17 @@ class Decoder(nnx.Module):
         return (self.embedding if self.config.tie_embeddings else self.unembedding)[...]
 
     def __call__(self, batch: Batch) -> jax.Array:
-        """Final, normalised hidden states [B, T, D] in the compute dtype. Ignores target fields."""
+        """Final, normalised hidden states [B, T, D] in the compute dtype. Ignores target fields.
+
+        On a mesh with ``context`` they are in stripes; ``stripes.at_places`` takes them by place.
+        """
         dtype = compute_dtype(self.compute)
-        cos, sin = rope_tables(self.config, batch.positions)
+        cos, sin = rope_tables(self.config, striped(batch.positions))
         attend_within = attention_of(batch, backend(self.compute.attention))
         attend_all = None if self.config.windows else attend_within(None)
         table = gathered(self.embedding[...], "VD")
-        x_btd = table.at[batch.tokens].get(out_sharding=out_spec("BTD")).astype(dtype)
+        tokens = striped(batch.tokens)
+        x_btd = table.at[tokens].get(out_sharding=out_spec("BTD")).astype(dtype)
 
         def body(x: jax.Array, layer: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, window = layer

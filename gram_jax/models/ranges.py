@@ -15,17 +15,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_FAR = np.int32(2**31 - 1)
+"""Behind every place."""
 
 
 class KeyRanges(NamedTuple):
-    """int32 [B, T] each: query i sees [prefix_start, prefix_end) and [branch_start, i].
+    """int32 [B, T] each: a query sees keys [prefix_start, prefix_end) and [branch_start, place].
 
-    A query of padding sees nothing: its branch_start is T.
+    A query of padding sees nothing: its branch_start lies behind its place.
     """
 
     prefix_start: jax.Array
     prefix_end: jax.Array
     branch_start: jax.Array
+    place: jax.Array  # the query's own
 
 
 class Spans(NamedTuple):
@@ -75,22 +80,27 @@ def key_ranges(
         jnp.where(live, prefix_start, 0),
         jnp.where(live, prefix_end, 0),
         jnp.where(live, branch_start, t),
+        place,
     )
 
 
 def key_blocks(ranges: KeyRanges, queries: int, keys: int) -> Spans:
     """Blocks of ``keys`` keys that each block of ``queries`` queries must visit, in order.
 
-    Both divide T. Blocks between the two spans hold keys that none of the queries sees.
+    ``queries`` divides the number of queries. Blocks outside the two spans hold keys that none of
+    a block's queries sees.
     """
-    t = ranges.branch_start.shape[1]
-    end = jnp.arange(queries, t + 1, queries, dtype=jnp.int32)
+
+    def span(there: jax.Array, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The blocks from the first start to the last end; 0 and 0 if nothing is there."""
+        first = _by_block(jnp.where(there, start, _FAR), queries).min(axis=-1)
+        last = _by_block(jnp.where(there, end, 0), queries).max(axis=-1)
+        return jnp.where(first < _FAR, first // keys, 0), -(-last // keys)
+
     prefix = ranges.prefix_start < ranges.prefix_end
-    first = _by_block(jnp.where(prefix, ranges.prefix_start, t), queries).min(axis=-1) // keys
-    first_end = -(-_by_block(jnp.where(prefix, ranges.prefix_end, 0), queries).max(axis=-1) // keys)
-    second = _by_block(ranges.branch_start, queries).min(axis=-1)
-    second_end = jnp.where(second < t, -(-end // keys), 0)
-    second = jnp.where(second < t, second // keys, 0)
+    first, first_end = span(prefix, ranges.prefix_start, ranges.prefix_end)
+    live = ranges.branch_start <= ranges.place
+    second, second_end = span(live, ranges.branch_start, ranges.place + 1)
     # Spans that touch are one.
     one = first_end >= second
     return Spans(
@@ -135,8 +145,7 @@ def _latest(place: jax.Array, marked: jax.Array) -> jax.Array:
 
 def _next(place: jax.Array, marked: jax.Array) -> jax.Array:
     """The first marked place from each place on; the last place is marked."""
-    far = jnp.int32(2**31 - 1)
-    return jax.lax.cummin(jnp.where(marked, place, far), axis=1, reverse=True)
+    return jax.lax.cummin(jnp.where(marked, place, _FAR), axis=1, reverse=True)
 
 
 def _by_block(x: jax.Array, block: int) -> jax.Array:

@@ -224,7 +224,7 @@ def test_the_description_of_a_model_gets_descriptions():
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         assert ours.sharding == theirs.sharding, weight_name(path)
     q_a, o_a = (getattr(model.stacks[0], f"{name}_lora_a")[...] for name in "qo")
-    assert q_a.sharding.spec == jax.P(None, "fsdp", None)
+    assert q_a.sharding.spec == jax.P(None, ("fsdp", "context"), None)
     assert o_a.sharding.spec == jax.P(None, "tensor", None, None)
 
 

@@ -35,7 +35,7 @@ def test_blocks_are_the_reference(kind, t, width, window, dtype):
 @pytest.mark.parametrize("kind", ["text", "branches"])
 def test_blocks_on_a_mesh_are_the_reference(kind):
     row, arrays = cases.rows(kind, 256), cases.arrays(256, 4, 2, 64, jnp.float32)
-    cases.check(blocks(None), row, None, arrays, tiny.mesh(1, 2, 2))
+    cases.check(blocks(None), row, None, arrays, tiny.mesh(1, 2, 2, 2))
 
 
 def test_a_query_visits_only_blocks_that_it_sees():

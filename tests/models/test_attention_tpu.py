@@ -39,4 +39,4 @@ def test_a_traced_window_is_the_reference():
 @pytest.mark.parametrize("kind", ["text", "branches"])
 def test_splash_on_a_mesh_is_the_reference(kind):
     row, arrays = cases.rows(kind, 256), cases.arrays(256, 4, 2, 64, jnp.float32)
-    cases.check(splash(None, kind), row, None, arrays, tiny.mesh(1, 2, 2))
+    cases.check(splash(None, kind), row, None, arrays, tiny.mesh(1, 2, 2, 2))

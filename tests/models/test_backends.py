@@ -8,6 +8,8 @@ import pytest
 import tiny
 
 from gram_jax.config import ComputeConfig
+from gram_jax.errors import UserError
+from gram_jax.models.backends import attention_of
 from gram_jax.packing import pack
 from gram_jax.rows import RowShape, stack_rows
 from gram_jax.text_packing import pack_texts
@@ -33,6 +35,12 @@ def check(found, expected):
 def test_blocks_are_the_reference(windows):
     batch = stack_rows([row.batch for row in pack(tiny.preferences(0, 12), SHAPE)])
     check(hidden(batch, "blocks", windows), hidden(batch, "xla", windows))
+
+
+def test_the_kernel_for_gpus_does_not_split_rows():
+    batch = stack_rows([row.batch for row in pack(tiny.preferences(0, 12), SHAPE)])
+    with jax.set_mesh(tiny.mesh(1, 1, 1, 2)), pytest.raises(UserError, match="attention=flash"):
+        attention_of(batch, "flash")
 
 
 @WINDOWS

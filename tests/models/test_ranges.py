@@ -39,9 +39,9 @@ def mask_of(segment, branch, position, window):
 
 
 def seen(ranges):
-    key, query = np.arange(T), np.arange(T)[:, None]
-    start, end, own = (np.asarray(x)[:, :, None] for x in ranges)
-    return ((key >= start) & (key < end)) | ((key >= own) & (key <= query))
+    key = np.arange(T)
+    start, end, own, place = (np.asarray(x)[:, :, None] for x in ranges)
+    return ((key >= start) & (key < end)) | ((key >= own) & (key <= place))
 
 
 @bounded

@@ -1,0 +1,121 @@
+"""A row split over devices gives the loss and the gradients of the whole one."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import AbstractMesh
+
+from gram_jax.config import ComputeConfig, ObjectiveConfig
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.errors import UserError
+from gram_jax.mesh import AXES, put
+from gram_jax.models.adapters import Adapters, attach
+from gram_jax.models.decoder import weight_dims
+from gram_jax.objectives import objective
+from gram_jax.packing import pack
+from gram_jax.pair import Pair
+from gram_jax.readouts import Readout
+from gram_jax.rows import Example, RowShape, stack_rows
+from gram_jax.scorer import RewardSettings
+from gram_jax.stripes import at_places, places, striped
+from gram_jax.text_packing import pack_texts
+
+B, T, S = 2, 64, 8
+# M = 41 and S = 9 are no whole number of parts.
+SHAPES = {
+    "next_token": RowShape(T, T),
+    "smoothed_pairwise": RowShape(T, 41, S, 4),
+    "judge_full_vocab": RowShape(T, 0, 9, 9, readouts=True),
+    "bradley_terry": RowShape(T, T, S, 4, readouts=True),
+}
+
+
+def judged(examples):
+    """The same sequences, each compared with nothing, as a judge's are."""
+    for e in examples:
+        pairs = tuple(Pair(i, None, target=1.0 - i % 2) for i in range(len(e.responses)))
+        yield Example(e.prompt, e.responses, pairs, key=e.key)
+
+
+@functools.cache
+def rows(name):
+    if name == "next_token":
+        packed = pack_texts(tiny.text_examples(0, 20), SHAPES[name])
+    else:
+        examples = tiny.preferences(0, 8)
+        packed = pack(judged(examples) if name.startswith("judge") else examples, SHAPES[name])
+    return stack_rows([row.batch for row, _ in zip(packed, range(B), strict=False)])
+
+
+@functools.cache
+def loss_and_gradients(name, backend, sizes):
+    """In float32, of a model with a window in its first layer, on this mesh or without one."""
+    mesh = tiny.mesh(*sizes) if sizes else None
+    reading = {"next_token": None, "smoothed_pairwise": "likelihood", "bradley_terry": "head"}
+    reading = reading.get(name, "judge")
+    readout = reading and Readout(reading, SHAPES[name].sequences, (7, 11))
+    config = ObjectiveConfig(name=name, chosen_ce=0.3 if name == "bradley_terry" else 0.0)
+    compute = ComputeConfig(dtype="float32", unroll=1, attention=backend)
+    with jax.set_mesh(mesh) if mesh else jax.default_device(None):
+        model = tiny.decoder(tiny.config(windows=(7, 0)), compute, mesh)
+        model = attach(model, Adapters(head=reading == "head"), seed=1)
+        batch = put(rows(name), mesh) if mesh else rows(name)
+        run = jax.value_and_grad(lambda m: objective(m, batch, config, readout), has_aux=True)
+        (total, _), gradient = jax.jit(run)(model)
+    return float(total), gradient
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "sizes"),
+    [
+        ("next_token", "blocks", (1, 1, 1, 8)),
+        ("smoothed_pairwise", "xla", (2, 1, 2, 2)),
+        ("judge_full_vocab", "blocks", (1, 2, 1, 4)),
+        ("bradley_terry", "xla", (1, 2, 2, 2)),
+    ],
+)
+def test_loss_and_gradients_are_those_of_whole_rows(name, backend, sizes):
+    expected, wanted = loss_and_gradients(name, backend, None)
+    found, gradient = loss_and_gradients(name, backend, sizes)
+    assert found == pytest.approx(expected, rel=1e-5)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+    assert largest > 0.1
+
+    def close(path, ours, theirs):
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=1e-5 * largest, err_msg=weight_dims(path)
+        )
+
+    jax.tree_util.tree_map_with_path(close, gradient, wanted)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_each_device_has_the_same_share_of_a_causal_row(devices):
+    """In pairs of a query and a key that it sees."""
+    own = places(T, devices)
+    np.testing.assert_array_equal(np.sort(own.reshape(-1)), np.arange(T))
+    assert len({int(seen) for seen in (own + 1).sum(axis=1)}) == 1
+
+
+def test_a_place_is_found_in_stripes():
+    rng = np.random.default_rng(0)
+    row = rng.normal(size=(B, T, 3)).astype(np.float32)
+    wanted = rng.integers(0, T, (B, 12)).astype(np.int32)
+    with jax.set_mesh(tiny.mesh(2, 1, 1, 4)):
+        stripes = striped(row)
+        read = [at_places(stripes, wanted, dims) for dims in ("BMD", "BSD")]
+    np.testing.assert_array_equal(stripes, row[:, places(T, 4).reshape(-1)])
+    for found in read:
+        np.testing.assert_array_equal(found, np.take_along_axis(row, wanted[..., None], axis=1))
+
+
+def test_rows_that_are_scored_divide_by_the_devices_of_a_row():
+    mesh, model = AbstractMesh((1, 1, 1, 8), AXES), tiny.config(max_position=4096)
+    tokenizer = Tokenizer.train(["a b c"], 264)
+    chosen = RewardSettings(max_length=2100).resolved(model, tokenizer, mesh)
+    assert (chosen.row_length, chosen.max_length) == (2112, 2100)
+    with pytest.raises(UserError, match=r"row_length=2100 does not divide .* 2 x context=16"):
+        RewardSettings(row_length=2100).resolved(model, tokenizer, mesh)

@@ -18,7 +18,7 @@ machine, and says that it has 8 GPUs, so that jobs for GPU nodes start here. Not
 interfaces than 127.0.0.1 but what sbatch and srun open for the time that they run.
 
 Two partitions: "main", and "urgent", whose jobs preempt those of "main" (10 seconds of notice, and
-into the queue). A job that is requeued starts again after 10 seconds instead of Slurm's 2 minutes.
+into the queue). A job that is requeued starts again after 5 seconds instead of Slurm's 2 minutes.
 EOT
 }
 
@@ -64,7 +64,7 @@ SlurmUser=$user
 SlurmdUser=$user
 # A job that is requeued waits until the credentials of its first start have expired.
 AuthType=auth/munge
-AuthInfo=socket=$dir/munge.socket,cred_expire=10
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool
@@ -87,7 +87,19 @@ EOT
 export SLURM_CONF="$dir/slurm.conf"
 
 pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true; wait' EXIT
+# shellcheck disable=SC2317 # the trap calls it
+stop() {
+  scancel --user="$user" || true # jobs would outlive the daemons
+  for _ in {1..50}; do
+    if [[ -z "$(squeue --noheader)" ]]; then
+      break
+    fi
+    sleep 0.2
+  done
+  kill "${pids[@]}" || true
+  wait
+}
+trap 'stop 2>/dev/null' EXIT
 trap 'exit 0' TERM INT
 
 (umask 077 && head -c 1024 /dev/urandom >"$dir/munge.key")

@@ -87,7 +87,7 @@ EOT
 export SLURM_CONF="$dir/slurm.conf"
 
 pids=()
-# shellcheck disable=SC2317 # the trap calls it
+# shellcheck disable=SC2317,SC2329 # the trap calls it
 stop() {
   scancel --user="$user" || true # jobs would outlive the daemons
   for _ in {1..50}; do

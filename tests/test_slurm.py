@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 # Debian keeps the daemons where only root's PATH looks.
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 MISSING = [
-    name for name in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(name, path=PATH)
+    name
+    for name in ("slurmctld", "slurmd", "sbatch", "munged")
+    if not shutil.which(name, path=PATH)
 ]
 TIMEOUT = 240
 """Seconds for any wait here: ten times what the longest takes on two idle cores."""

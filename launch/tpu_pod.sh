@@ -6,7 +6,7 @@ set -euo pipefail
 usage() {
   cat <<'EOT'
 Asks for a Cloud TPU slice (a queued resource), installs gram_jax on all of its machines, and runs a
-command there, one process per machine. From the folder of this repository:
+command there, one process per machine, in the folder of this repository:
 
   launch/tpu_pod.sh [OPTIONS] create NAME TYPE [FLAGS...]   TYPE as in v5p-128; FLAGS as --spot
   launch/tpu_pod.sh [OPTIONS] status NAME         its state; ACTIVE: it can be used, and costs
@@ -33,9 +33,9 @@ Costs: the price of all chips, from ACTIVE until `delete`, whether something run
   also after the command has ended. `gcloud compute tpus queued-resources list --zone=ZONE` shows
   what there is; the share is paid for apart.
 Preemption: a slice made with --spot may be taken away at half a minute's notice; the state is
-  SUSPENDED then. `delete` it, `create`, `install` and `run` with the same command and workdir: it goes
-  on from the newest checkpoint (checkpoint.every says how much is lost at most). The same after
-  `stop`, with `run` alone. On another number of machines, too.
+  SUSPENDED then. `delete` it, `create`, `install` and `run` with the same command and workdir: it
+  goes on from the newest checkpoint (checkpoint.every says how much is lost at most), on another
+  number of machines, too. After `stop`, `run` is enough.
 EOT
 }
 
@@ -119,8 +119,9 @@ create() {
 }
 
 install() {
-  local archive=${TMPDIR:-/tmp}/gram_jax-$name.tar.gz
-  run git archive --format=tar.gz --prefix=gram_jax/ --output="$archive" HEAD
+  local archive=${TMPDIR:-/tmp}/gram_jax-$name.tar.gz root
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  run git -C "$root" archive --format=tar.gz --prefix=gram_jax/ --output="$archive" HEAD
   run gcloud compute tpus queued-resources scp "$archive" "$name:gram_jax.tar.gz" --zone="$zone" \
     ${project:+--project="$project"} --node=all --worker=all
   # The machines' own Python is older than 3.11; uv brings one.
@@ -155,9 +156,10 @@ echo $! >~/run.pid'
 }
 
 status() {
-  local format='value(state.state)'
-  queued_resources describe --format="$format"
-  if [[ -z "$dry_run" && "$(queued_resources describe --format="$format")" != ACTIVE ]]; then
+  local state
+  state=$(queued_resources describe --format='value(state.state)')
+  echo "$state"
+  if [[ -z "$dry_run" && "$state" != ACTIVE ]]; then
     return
   fi
   on_all 'if [ ! -e run.pid ]; then

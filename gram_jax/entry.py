@@ -34,8 +34,8 @@ def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None
     """Joins the other processes if there are any, parses the flags, runs ``main(argv)`` and exits.
 
     Status 0: done. 2: a `UserError`, whose message is printed without a traceback. 75: main said
-    so, having saved what it needs to go on. 130: interrupted with Ctrl-C. Anything else that
-    escapes is a defect, and keeps its traceback (1).
+    so, having saved what it needs to go on. 76: no progress (see `watchdog`). 130: interrupted with
+    Ctrl-C. Anything else that escapes is a defect, and keeps its traceback (1).
 
     Args:
       main: is run by every process.

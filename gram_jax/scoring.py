@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from gram_jax import watchdog
 from gram_jax.mesh import no_surprises, put, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.packing import PackCounts, pack
@@ -174,6 +175,7 @@ def score_batches(
             leaf.copy_to_host_async()
         counts.batches += 1
         counts.places += batch_rows * shape.tokens
+        watchdog.progress()
         if previous is not None:
             yield _fetch(*previous)
         previous = (rows, result)

@@ -1,0 +1,203 @@
+"""Many processes, as on many hosts: four give what one gives, and jobs survive the loss of some."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+from several_processes import (
+    TIMEOUT,
+    before_the_end,
+    check_same_losses,
+    check_same_scores,
+    check_same_weights,
+    end,
+    losses,
+    make_work,
+    read,
+    rows_to_score,
+    run,
+    start,
+    train,
+    wait_until,
+    write,
+)
+
+from gram_jax.checkpoints import read_run_info
+from gram_jax.distributed import SAVED
+from gram_jax.watchdog import STUCK
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with data, a tokenizer and the configs of two stages."""
+    return make_work(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.fixture(scope="module")
+def one(work):
+    """Stage 1 in one process: a checkpoint after steps 3 and 6."""
+    train(work, "pretrain", "one", processes=1)
+    return work / "one"
+
+
+@pytest.fixture(scope="module")
+def four(work):
+    """The same in four processes."""
+    train(work, "pretrain", "four", processes=4)
+    return work / "four"
+
+
+def test_four_processes_pretrain_as_one_does(one, four):
+    check_same_losses(four, one)
+    check_same_weights(four, one)
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_what_four_saved_goes_on_with_the_same_rows_on_fewer(work, one, four, processes):
+    """Other rows, or the same in another order, would give other losses from step 4 on."""
+    folder = before_the_end(four, work / f"four_{processes}")
+    assert read_run_info(folder).position == 3 * 8
+    out = train(work, "pretrain", folder.name, processes=processes)
+    assert "resuming after step 3" in "".join(out)
+    check_same_losses(folder, one)
+    check_same_weights(folder, one)
+
+
+def test_four_processes_finetune_as_one_does(work, one):
+    for name, processes in (("tuned_four", 4), ("tuned_one", 1)):
+        train(work, "finetune", name, f"--config.init_from={one}", processes=processes)
+    check_same_losses(work / "tuned_four", work / "tuned_one")
+    check_same_weights(work / "tuned_four", work / "tuned_one")
+
+
+def test_two_processes_evaluate_as_one_does(work, one, tmp_path):
+    flags = [f"--checkpoint={one}", f"--data={work}/pairs.jsonl", "--row_length=64"]
+    for name, processes in (("two", 2), ("one", 1)):
+        out, _ = run("evaluate", *flags, f"--output={tmp_path}/{name}", processes=processes)
+        assert out.count("accuracy") == run_once(out)
+    found, expected = (read(tmp_path / name / "results.jsonl") for name in ("two", "one"))
+    assert len(found) == len(expected) == 60
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in b.items():
+            if isinstance(value, float):
+                assert a[name] == pytest.approx(value, rel=1e-5, abs=1e-4)
+            elif name == "rewards":
+                np.testing.assert_allclose(a[name], value, rtol=1e-5)
+            else:
+                assert a[name] == value
+
+
+def run_once(out):
+    return out.count("accuracy")
+
+
+def score_flags(tmp_path, one, name="out"):
+    flags = [f"--checkpoint={one}", f"--input={tmp_path}/in.jsonl", "--row_length=64"]
+    return [*flags, f"--output={tmp_path}/{name}.jsonl", "--batch_rows=2"]
+
+
+def score_command(tmp_path, one, name="out"):
+    return [sys.executable, "-m", "gram_jax.score", *score_flags(tmp_path, one, name)]
+
+
+def pieces(tmp_path):
+    """The pieces that are done, with what tells a file from one written again."""
+    found = (tmp_path / "out.jsonl.shards").glob("[0-9]*.json*")
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found if "tmp" not in p.name}
+
+
+def test_pieces_of_a_lost_process_are_done_by_others_and_no_piece_twice(tmp_path, one):
+    write(tmp_path / "in.jsonl", rows_to_score(6000))
+    remember = ["sh", "-c", 'echo $$ > "$0/pid.$JAX_PROCESS_ID"; exec "$@"', str(tmp_path)]
+    process = start([*remember, *score_command(tmp_path, one)])
+    wait_until(lambda: len(pieces(tmp_path)) >= 6, process)
+    os.kill(int((tmp_path / "pid.1").read_text()), signal.SIGKILL)
+    status, _, err = end(process)
+    assert status == 128 + signal.SIGKILL, err
+    manifest = json.loads((tmp_path / "out.jsonl.shards" / "manifest.json").read_text())
+    kept = pieces(tmp_path)
+    assert 3 <= sum(name.endswith(".json") for name in kept) < len(manifest["pieces"])
+    assert not (tmp_path / "out.jsonl").exists()
+
+    # Four go on where two stopped, and are told to stop.
+    process = start(score_command(tmp_path, one), processes=4)
+    wait_until(lambda: len(pieces(tmp_path)) > len(kept), process)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = end(process)
+    assert status == SAVED, err
+    assert "stopped by SIGTERM; the same command goes on after what is written" in err
+    assert kept.items() <= pieces(tmp_path).items()
+    kept = pieces(tmp_path)
+    assert sum(name.endswith(".json") for name in kept) < len(manifest["pieces"])
+
+    # One alone does the rest. What was written before is in the output as it was.
+    folder = tmp_path / "out.jsonl.shards"
+    number = min(int(name[:5]) for name in kept if name.endswith(".json"))
+    first = (folder / f"{number:05}.jsonl").read_bytes()
+    run("score", *score_flags(tmp_path, one), processes=1)
+    assert first in (tmp_path / "out.jsonl").read_bytes()
+    assert not folder.exists()
+    run("score", *score_flags(tmp_path, one, "whole"), processes=1)
+    check_same_scores(read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl"))
+    summaries = [
+        json.loads((tmp_path / f"{name}.jsonl.state.json").read_text())
+        for name in ("out", "whole")
+    ]
+    assert summaries[0]["input_sha256"] == summaries[1]["input_sha256"]
+    assert summaries[0]["summary"]["pairs"] == pytest.approx(summaries[1]["summary"]["pairs"])
+    _, err = run("score", *score_flags(tmp_path, one), processes=1)
+    assert "is complete already" in err
+
+
+def test_a_bad_row_is_named_once_whoever_reads_it(tmp_path, one):
+    rows = rows_to_score(400)
+    rows[333] = {"prompt": "no response"}
+    rows[390] = {"prompt": 3}
+    write(tmp_path / "in.jsonl", rows)
+    _, err = run("score", *score_flags(tmp_path, one), expected=2)
+    assert err.count("in.jsonl:334: no response, responses, or chosen and rejected") == 1
+    assert "Traceback" not in err
+
+
+def test_a_process_that_hears_nothing_of_another_ends_with_its_stacks_and_the_run_resumes(work):
+    """The other one is stopped first, as by a machine that hangs, and then killed."""
+    workdir = work / "long"
+    remember = ["sh", "-c", 'echo $$ > "$0/pid.$JAX_PROCESS_ID"; exec "$@"', str(work)]
+    flags = [f"--config={work}/pretrain.py:{work}", f"--workdir={workdir}"]
+    flags += ["--config.train.length=5000", "--config.train.stall_seconds=4"]
+    command = [*remember, sys.executable, "-m", "gram_jax.pretrain", *flags]
+
+    def begin(after):
+        log = workdir / "metrics.jsonl"
+        process = start(command)
+        wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > after, process)
+        return process, int((work / "pid.1").read_text())
+
+    process, other = begin(4)
+    os.kill(other, signal.SIGSTOP)
+    began = time.monotonic()
+    status, _, err = end(process)
+    assert status == STUCK, err
+    assert "process 0 of 2: no progress in training for 4 s (stall_seconds)" in err
+    assert "Thread 0x" in err
+    assert "loop.py" in err
+    assert time.monotonic() - began < TIMEOUT / 4
+
+    done = max(losses(workdir))
+    process, other = begin(done + 4)
+    os.kill(other, signal.SIGKILL)
+    began = time.monotonic()
+    status, _, err = end(process)
+    assert status in (1, 128 + signal.SIGKILL), err
+    assert f"resuming after step {3 * (done // 3)}" in err or "resuming after step" in err
+    assert "process 1 was ended by signal 9" in err
+    assert "Traceback" in err
+    assert time.monotonic() - began < TIMEOUT / 4
+    assert read_run_info(workdir).position % (3 * 8) == 0

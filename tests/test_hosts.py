@@ -62,7 +62,7 @@ def test_four_processes_pretrain_as_one_does(one, four):
 def test_what_four_saved_goes_on_with_the_same_rows_on_fewer(work, one, four, processes):
     """Other rows, or the same in another order, would give other losses from step 4 on."""
     folder = before_the_end(four, work / f"four_{processes}")
-    assert read_run_info(folder).position == 3 * 8
+    assert read_run_info(folder / "checkpoints" / "3").position == 3 * 8
     out = train(work, "pretrain", folder.name, processes=processes)
     assert "resuming after step 3" in "".join(out)
     check_same_losses(folder, one)
@@ -79,23 +79,19 @@ def test_four_processes_finetune_as_one_does(work, one):
 def test_two_processes_evaluate_as_one_does(work, one, tmp_path):
     flags = [f"--checkpoint={one}", f"--data={work}/pairs.jsonl", "--row_length=64"]
     for name, processes in (("two", 2), ("one", 1)):
-        out, _ = run("evaluate", *flags, f"--output={tmp_path}/{name}", processes=processes)
-        assert out.count("accuracy") == run_once(out)
+        out, err = run("evaluate", *flags, f"--output={tmp_path}/{name}", processes=processes)
+        assert "accuracy" in out
+        assert [s for s in err.splitlines() if s.startswith("[") and "[Gloo]" not in s] == []
     found, expected = (read(tmp_path / name / "results.jsonl") for name in ("two", "one"))
     assert len(found) == len(expected) == 60
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()
+        tolerance = 1e-5 * max(1, *map(abs, b["rewards"]))
         for name, value in b.items():
-            if isinstance(value, float):
-                assert a[name] == pytest.approx(value, rel=1e-5, abs=1e-4)
-            elif name == "rewards":
-                np.testing.assert_allclose(a[name], value, rtol=1e-5)
+            if name in ("rewards", "margin", "p"):
+                np.testing.assert_allclose(a[name], value, rtol=0, atol=2 * tolerance)
             else:
                 assert a[name] == value
-
-
-def run_once(out):
-    return out.count("accuracy")
 
 
 def score_flags(tmp_path, one, name="out"):
@@ -147,8 +143,7 @@ def test_pieces_of_a_lost_process_are_done_by_others_and_no_piece_twice(tmp_path
     run("score", *score_flags(tmp_path, one, "whole"), processes=1)
     check_same_scores(read(tmp_path / "out.jsonl"), read(tmp_path / "whole.jsonl"))
     summaries = [
-        json.loads((tmp_path / f"{name}.jsonl.state.json").read_text())
-        for name in ("out", "whole")
+        json.loads((tmp_path / f"{name}.jsonl.state.json").read_text()) for name in ("out", "whole")
     ]
     assert summaries[0]["input_sha256"] == summaries[1]["input_sha256"]
     assert summaries[0]["summary"]["pairs"] == pytest.approx(summaries[1]["summary"]["pairs"])
@@ -196,8 +191,9 @@ def test_a_process_that_hears_nothing_of_another_ends_with_its_stacks_and_the_ru
     began = time.monotonic()
     status, _, err = end(process)
     assert status in (1, 128 + signal.SIGKILL), err
-    assert f"resuming after step {3 * (done // 3)}" in err or "resuming after step" in err
+    assert "resuming after step" in err
     assert "process 1 was ended by signal 9" in err
     assert "Traceback" in err
     assert time.monotonic() - began < TIMEOUT / 4
-    assert read_run_info(workdir).position % (3 * 8) == 0
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda folder: int(folder.name))
+    assert read_run_info(newest).position == int(newest.name) * 8

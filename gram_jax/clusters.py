@@ -64,7 +64,7 @@ def detect(environ: Mapping[str, str]) -> Place | None:
       UserError: variables are missing, or are not what they must be.
     """
     given = {name: environ.get(name, "") for name in (ADDRESS, COUNT, ID)}
-    if given[COUNT] == "1" and not given[ADDRESS]:
+    if given[COUNT] == "1":
         return None
     found = None
     if not all(given.values()):

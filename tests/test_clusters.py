@@ -75,6 +75,7 @@ JOBSET = {
         # What is said to JAX counts, wherever this runs.
         (SLURM | MPI | TPU | JAX, Place("first:1234", 4, 3)),
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        (JAX | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
         (SLURM, Place("node003:PORT", 7, 3, (1,))),
         # A GPU each by the scheduler's own hand: the one it sees.
         (SLURM | {"CUDA_VISIBLE_DEVICES": "5"}, Place("node003:PORT", 7, 3)),

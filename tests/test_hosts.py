@@ -166,7 +166,7 @@ def test_a_process_that_hears_nothing_of_another_ends_with_its_stacks_and_the_ru
     workdir = work / "long"
     remember = ["sh", "-c", 'echo $$ > "$0/pid.$JAX_PROCESS_ID"; exec "$@"', str(work)]
     flags = [f"--config={work}/pretrain.py:{work}", f"--workdir={workdir}"]
-    flags += ["--config.train.length=5000", "--config.train.stall_seconds=4"]
+    flags += ["--config.train.length=5000", "--config.train.stall_seconds=15"]
     command = [*remember, sys.executable, "-m", "gram_jax.pretrain", *flags]
 
     def begin(after):
@@ -180,7 +180,7 @@ def test_a_process_that_hears_nothing_of_another_ends_with_its_stacks_and_the_ru
     began = time.monotonic()
     status, _, err = end(process)
     assert status == STUCK, err
-    assert "process 0 of 2: no progress in training for 4 s (stall_seconds)" in err
+    assert "process 0 of 2: no progress in training for 15 s (stall_seconds)" in err
     assert "Thread 0x" in err
     assert "loop.py" in err
     assert time.monotonic() - began < TIMEOUT / 4

@@ -190,10 +190,9 @@ def fail(status: int, message: str) -> NoReturn:
         alike = False
     if is_main() or not alike:
         _say(message)
-    if alike:
-        if process_count() > 1:
-            jax.distributed.shutdown()
-        sys.exit(status)
+    if alike and process_count() > 1:
+        jax.distributed.shutdown()
+    # At once: where a batch is still being computed, the end of the interpreter crashes.
     _end_now(status)
 
 

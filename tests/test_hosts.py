@@ -110,7 +110,7 @@ def pieces(tmp_path):
 
 
 def test_pieces_of_a_lost_process_are_done_by_others_and_no_piece_twice(tmp_path, one):
-    write(tmp_path / "in.jsonl", rows_to_score(6000))
+    write(tmp_path / "in.jsonl", rows_to_score(4000))
     remember = ["sh", "-c", 'echo $$ > "$0/pid.$JAX_PROCESS_ID"; exec "$@"', str(tmp_path)]
     process = start([*remember, *score_command(tmp_path, one)])
     wait_until(lambda: len(pieces(tmp_path)) >= 6, process)

@@ -141,7 +141,7 @@ def _score(
     stream: TextIO | None,
 ) -> None:
     """Scores this process's share of the pieces that are not done."""
-    done = set(shards.done(manifest))
+    done = set(shards.done())
     missing = [n for n in range(len(manifest.pieces)) if n not in done]
     mine = missing[process_id() :: process_count()]
     numbers = {piece: n for n, piece in enumerate(manifest.pieces)}
@@ -187,7 +187,7 @@ def _score(
             if is_main():
                 # What the others have done by now can be seen in the folder.
                 rate = counts["tokens"] / clock.last
-                progress.update(shards.count(), {"tokens/s of this process": rate})
+                progress.update(len(shards.done_now()), {"tokens/s of this process": rate})
             rows, counts = [], collections.Counter()
 
 

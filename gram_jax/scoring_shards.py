@@ -112,15 +112,14 @@ class Shards:
                 " be in a folder that they share"
             )
 
-    def done(self, manifest: Manifest) -> list[int]:
+    def done(self) -> list[int]:
         """Numbers of the pieces that are whole, the same list in every process."""
-        return main_first(
-            lambda: [n for n in range(len(manifest.pieces)) if self._facts(n).exists()]
-        )
+        return main_first(self.done_now)
 
-    def count(self) -> int:
-        """How many pieces are whole by now. For one process."""
-        return sum(1 for _ in self.folder.glob("[0-9]*.json"))
+    def done_now(self) -> list[int]:
+        """The same as this process sees it, while others are at work. For one process."""
+        # From a listing: a network file system remembers for a while that a name was not there.
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
 
     def write_piece(
         self, number: int, rows: Sequence[dict[str, Any]], counts: dict[str, float]

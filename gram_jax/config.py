@@ -16,6 +16,9 @@ FIXED = "fixed"
 FREE = "free"
 """Resume policy: a resumed run may change this field."""
 
+STALL_SECONDS = 1800.0
+"""More than what takes longest in a healthy process: the first step, which is compiled."""
+
 
 def setting(default: Any, doc: str, *, resume: str = FIXED, choices: tuple[Any, ...] = ()) -> Any:
     """A dataclass field with a doc string, a resume policy and, where they are few, its choices."""
@@ -330,6 +333,12 @@ class TrainConfig:
     log_every: int = setting(10, "Steps between log lines.", resume=FREE)
     validate_every: int = setting(0, "Steps between validations; 0 = only at the end.", resume=FREE)
     validation_rows: int = setting(64, "At most so many rows are validated on.", resume=FREE)
+    stall_seconds: float = setting(
+        STALL_SECONDS,
+        "A process that has finished no step, no batch of validation and no checkpoint for so long"
+        " prints what its threads are doing and ends with status 76; 0 = never.",
+        resume=FREE,
+    )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

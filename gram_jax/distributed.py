@@ -2,13 +2,8 @@
 
 Every process runs the same program on the same input; what differs is which part of each array it
 holds. Process 0 alone logs and writes shared files. `launch/local.sh` starts processes on one
-machine; three environment variables tell each what it is part of:
-
-  JAX_COORDINATOR_ADDRESS  HOST:PORT where process 0 listens
-  JAX_NUM_PROCESSES        how many there are
-  JAX_PROCESS_ID           which one this is, from 0
-
-Without them, nothing here costs anything. All calls are made by every process, in the same order.
+machine, schedulers on many; `clusters.py` finds out what a process is part of. One that is alone
+pays nothing for what is here. All calls are made by every process, in the same order.
 
 Waiting goes through the key-value store that process 0 serves, not through arrays: a collective on
 CPU gives up when one process is half a minute late (the first one of a group of devices, and every
@@ -22,22 +17,23 @@ import collections
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src.distributed import global_state  # the key-value store has no public name
 
+from gram_jax.clusters import detect, tpu_metadata, with_flags
 from gram_jax.errors import UserError
 
 SAVED = 75
 """Exit status of a run that was told to end, has saved its state, and can be started again."""
 
-_ADDRESS, _COUNT, _ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _CONNECT_SECONDS = 300  # between the starts of the first process and the last
 _PATIENCE_SECONDS = 20
 _HEARTBEAT_SECONDS = 100
@@ -49,52 +45,17 @@ _T = TypeVar("_T")
 _uses: collections.Counter[str] = collections.Counter()
 
 
-class Place(NamedTuple):
-    """Which of how many processes this is, and where process 0 listens."""
+def start(arguments: Sequence[str] = ()) -> None:
+    """Joins the processes that this one is part of, before anything else is asked of JAX.
 
-    address: str
-    num_processes: int
-    process_id: int
-
-
-def read_environment() -> Place | None:
-    """What the environment says; None where it says nothing.
+    Args:
+      arguments: of the command line; see `clusters.with_flags`.
 
     Raises:
-      UserError: some of the variables are missing or are not what they must be.
+      UserError: what the environment says is not right, or the other processes do not answer.
     """
-    values = {name: os.environ.get(name, "") for name in (_ADDRESS, _COUNT, _ID)}
-    missing = [name for name, value in values.items() if not value]
-    if len(missing) == len(values):
-        return None
-    if missing:
-        found = ", ".join(f"{name}={value}" for name, value in values.items() if value)
-        raise UserError(
-            f"{found}, but without {' and '.join(missing)}: set all three, as launch/local.sh does,"
-            " or none for one process"
-        )
-    host, _, port = values[_ADDRESS].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"{_ADDRESS}={values[_ADDRESS]} must read HOST:PORT")
-    numbers = []
-    for name in (_COUNT, _ID):
-        if not values[name].isdecimal():
-            raise UserError(f"{name}={values[name]} must be a number")
-        numbers.append(int(values[name]))
-    place = Place(values[_ADDRESS], *numbers)
-    if place.process_id >= place.num_processes:
-        raise UserError(f"{_ID}={place.process_id} must be below {_COUNT}={place.num_processes}")
-    return place
-
-
-def start() -> None:
-    """Joins the processes that the environment names, before anything else is asked of JAX.
-
-    Raises:
-      UserError: the environment is not right, or the other processes do not answer.
-    """
-    # Where a cluster's own variables are to be understood, they are turned into a Place here.
-    place = read_environment()
+    environ = with_flags(os.environ, arguments)
+    place = detect(environ) or tpu_metadata(environ)
     if place is None:
         return
     # JAX would take SIGTERM for itself and go on; what it means is for the program to say.
@@ -107,8 +68,13 @@ def start() -> None:
     patience.daemon = True
     patience.start()
     try:
+        if place.process_id:
+            _wait_for_name(here, place.address.rpartition(":")[0])
         jax.distributed.initialize(
-            *place,
+            place.address,
+            place.num_processes,
+            place.process_id,
+            local_device_ids=place.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=_CONNECT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
@@ -118,6 +84,25 @@ def start() -> None:
         raise UserError(f"{here} could not join the others at {place.address}: {error}") from error
     finally:
         patience.cancel()
+
+
+def _wait_for_name(here: str, host: str) -> None:
+    """Waits until the machine of process 0 has an address: its pod may start later than this one.
+
+    Raises:
+      UserError: it has none.
+    """
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{here}: the machine of process 0, {host}, is not known here ({error})"
+                ) from None
+            time.sleep(2)
 
 
 def process_id() -> int:
@@ -205,10 +190,9 @@ def fail(status: int, message: str) -> NoReturn:
         alike = False
     if is_main() or not alike:
         _say(message)
-    if alike:
-        if process_count() > 1:
-            jax.distributed.shutdown()
-        sys.exit(status)
+    if alike and process_count() > 1:
+        jax.distributed.shutdown()
+    # At once: where a batch is still being computed, the end of the interpreter crashes.
     _end_now(status)
 
 

@@ -24,13 +24,18 @@ from gram_jax.signals import Preempted
 if TYPE_CHECKING:  # commands that do not train start quicker without the loop
     from gram_jax.loop import StageResult
 
+# Here for the parser and for --helpfull; read by distributed.start, before there are values.
+flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 of several listens.")
+flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
 
 def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None:
     """Joins the other processes if there are any, parses the flags, runs ``main(argv)`` and exits.
 
     Status 0: done. 2: a `UserError`, whose message is printed without a traceback. 75: main said
-    so, having saved what it needs to go on. 130: interrupted with Ctrl-C. Anything else that
-    escapes is a defect, and keeps its traceback (1).
+    so, having saved what it needs to go on. 76: no progress (see `watchdog`). 130: interrupted with
+    Ctrl-C. Anything else that escapes is a defect, and keeps its traceback (1).
 
     Args:
       main: is run by every process.
@@ -59,9 +64,12 @@ def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None
 
 def _run(main: Callable[[list[str]], None], one_process: bool) -> int | str | None:
     """Returns what main or absl gave to sys.exit."""
-    distributed.start()
+    distributed.start(sys.argv)
     if one_process and distributed.process_count() > 1:
-        raise UserError("this command is one process; start it without launch/local.sh")
+        raise UserError(
+            "this command is one process; start it without launch/local.sh or srun, or with"
+            " JAX_NUM_PROCESSES=1"
+        )
     _check_config_file(sys.argv[1:])
     check_overrides(sys.argv[1:])
     try:

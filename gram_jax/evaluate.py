@@ -41,6 +41,7 @@ from gram_jax.errors import UserError
 from gram_jax.evaluation_job import REPORT, EvaluationJob, run_evaluation
 from gram_jax.ranking_job import Engine
 from gram_jax.reward_model import define_flags, flag_scorer
+from gram_jax.signals import StopRequest
 
 define_flags(checkpoint_required=False)
 _DATA = flags.DEFINE_list("data", [], "Files to evaluate on, joined by commas.")
@@ -77,8 +78,10 @@ def main(_: list[str]) -> None:
         benchmark=_BENCHMARK.value or "",
         chat=_CHAT.value,
         seed=_SEED.value,
+        stall_seconds=flags.FLAGS.stall_seconds,
     )
-    text = run_evaluation(job, _engine)
+    with StopRequest("stopped by SIGTERM; the same command begins again"):
+        text = run_evaluation(job, _engine)
     if not is_main():
         return
     print(text)

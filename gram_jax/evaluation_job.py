@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from gram_jax.benchmarks import BENCHMARKS, Answer, Item, answer
+from gram_jax.config import STALL_SECONDS
 from gram_jax.distributed import is_main
 from gram_jax.errors import DataError, UserError
 from gram_jax.evaluation_input import EvaluationInput, read_evaluation
@@ -27,6 +28,7 @@ from gram_jax.reporting import Progress
 from gram_jax.scorer import Question, QuestionError, Verdict
 from gram_jax.scoring_state import check_alike
 from gram_jax.versions import versions
+from gram_jax.watchdog import watched
 
 _SECONDS_BETWEEN_UPDATES = 0.2
 
@@ -44,6 +46,7 @@ class EvaluationJob:
       benchmark: the name of one, or "" for what the records say.
       chat: prompts that are text become a user's message.
       seed: of the bootstrap.
+      stall_seconds: see `watchdog.watched`.
     """
 
     checkpoint: str
@@ -52,6 +55,7 @@ class EvaluationJob:
     benchmark: str = ""
     chat: bool = False
     seed: int = 0
+    stall_seconds: float = STALL_SECONDS
 
 
 def run_evaluation(
@@ -76,7 +80,8 @@ def run_evaluation(
     check_alike(", ".join(job.data), _digest_of(given))
     engine = load()
     started = time.monotonic()
-    answers = _answers(given, engine, stream)
+    with watched(job.stall_seconds, "evaluation"):
+        answers = _answers(given, engine, stream)
     seconds = time.monotonic() - started - engine.engine.compile_seconds
     table = table_of(given, answers)
     results = results_of(given, answers, table, seed=job.seed)

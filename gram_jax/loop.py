@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gram_jax import watchdog
 from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
 from gram_jax.config import FIXED, READINGS, Config
 from gram_jax.config_rules import differences, validate
@@ -47,6 +48,7 @@ from gram_jax.training import (
     trainable_names,
 )
 from gram_jax.versions import versions
+from gram_jax.watchdog import watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +161,10 @@ class _Stage:
             log = MetricsLog(
                 self.workdir, resume_step=self.start or -1, on_error=c.checkpoint.on_error
             )
+        self.stop.wait_for_steps()
         with (
             log as self.log,
+            watched(c.train.stall_seconds, "training"),
             Progress(
                 self.steps,
                 initial=self.start,
@@ -171,7 +175,6 @@ class _Stage:
         ):
             self._announce()
             self.clock = time.perf_counter()
-            self.stop.wait_for_steps()
             pending: tuple[int, np.ndarray, Metrics] | None = None
             for step in range(self.start + 1, self.steps + 1):
                 position = (step - 1) * c.train.batch_rows
@@ -225,6 +228,7 @@ class _Stage:
           NotFinite: names the step and the rows.
         """
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        watchdog.progress()
         now = time.perf_counter()
         seconds, self.clock = max(now - self.clock, 1e-9), now
         bad = [k for k in ("loss", "grad_norm") if not math.isfinite(values[k])]
@@ -265,6 +269,7 @@ class _Stage:
                 self.state, device_batch(rows, numbers, c.train.accumulate, self.mesh)
             )
             sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
+            watchdog.progress()
         denominator, metrics = jax.device_get(sums)
         self.last_validation = {k: float(v) for k, v in divide(metrics, denominator).items()}
         self.log.write(step, self.last_validation, split="validation")
@@ -288,6 +293,7 @@ class _Stage:
         # The steps up to here are not repeated, so what is known of them must not be lost.
         self.log.sync()
         self.store.save(step, self.state, info, self.tokenizer)
+        watchdog.progress()
 
     def _stop(self, step: int) -> None:
         """Ends a run that was asked to stop, once its checkpoint is on the disk.

@@ -53,6 +53,7 @@ from gram_jax.distributed import is_main
 from gram_jax.ranking import METHODS
 from gram_jax.ranking_job import Engine, RankingJob, run_ranking
 from gram_jax.reward_model import define_flags, flag_scorer
+from gram_jax.signals import StopRequest
 
 define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to rank.", required=True)
@@ -77,8 +78,10 @@ def main(_: list[str]) -> None:
         output=_OUTPUT.value,
         method=_METHOD.value or "",
         reference_index=_REFERENCE_INDEX.value,
+        stall_seconds=flags.FLAGS.stall_seconds,
     )
-    result = run_ranking(job, _engine)
+    with StopRequest("stopped by SIGTERM; the same command goes on after what is written"):
+        result = run_ranking(job, _engine)
     if not is_main():
         return
     if result.was_complete:

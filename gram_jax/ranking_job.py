@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from gram_jax.config import STALL_SECONDS
 from gram_jax.distributed import is_main
 from gram_jax.errors import DataError, UserError
 from gram_jax.evaluation import wilson_interval
@@ -36,6 +37,7 @@ from gram_jax.reporting import Progress, duration, human
 from gram_jax.scorer import QuestionError
 from gram_jax.scoring import EngineCounts
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
+from gram_jax.watchdog import watched
 
 _SECONDS_BETWEEN_RECORDS = 1.0
 
@@ -49,12 +51,14 @@ class RankingJob:
       method: one of `gram_jax.ranking.METHODS`; "" = chosen from the kind of reward.
       reference_index: for ``reference``, which response the others are compared with; None = the
         column ``reference``.
+      stall_seconds: see `watchdog.watched`.
     """
 
     input: str
     output: str
     method: str = ""
     reference_index: int | None = None
+    stall_seconds: float = STALL_SECONDS
 
 
 class Engine(NamedTuple):
@@ -198,7 +202,8 @@ def run_ranking(
             files.finish()
             return RankingResult(RankingSummary(**state.summary), was_complete=True)
         files.open(state)
-        state = _rank(job, engine, files, state, facts, stream)
+        with watched(job.stall_seconds, "ranking"):
+            state = _rank(job, engine, files, state, facts, stream)
         summary = _summarise(job, engine.scorer.kind, facts, state)
         state.summary = dataclasses.asdict(summary)
         files.write_state(state)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gram_jax import hf
 from gram_jax.checkpoints import candidates, first_whole, load_model, read_run_info
-from gram_jax.config import READINGS, ComputeConfig, ObjectiveConfig
+from gram_jax.config import READINGS, STALL_SECONDS, ComputeConfig, ObjectiveConfig
 from gram_jax.data.judge import JudgeTemplate
 from gram_jax.errors import UserError
 from gram_jax.mesh import make_mesh, parse_mesh
@@ -133,6 +133,12 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
         "auto",
         ["auto", "float32", "bfloat16"],
         "Of matrix products: auto = float32 on CPU, bfloat16 elsewhere.",
+    )
+    flags.DEFINE_float(
+        "stall_seconds",
+        STALL_SECONDS,
+        "A process that has finished no batch for so long prints what its threads are doing and"
+        " ends with status 76. 0 = never.",
     )
     flags.DEFINE_string(
         "mesh",

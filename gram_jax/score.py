@@ -37,12 +37,13 @@ More examples:
   # A model that needs the memory of four devices
   python -m gram_jax.score --checkpoint=DIR --input=a.jsonl --output=b.jsonl --mesh=tensor=4
 
-  # Two processes that share the work, as on two machines
+  # Two processes that share the work, as on two machines (docs/hosts.md)
   launch/local.sh 2 python -m gram_jax.score --checkpoint=DIR --input=a.jsonl --output=b.jsonl
 
 Lines with the same prompt that stand close together share its computation. A run that was killed
 goes on when the same command is given again: until it is complete, its lines stand in
-OUTPUT.partial, and what they belong to in OUTPUT.state.json.
+OUTPUT.partial, and what they belong to in OUTPUT.state.json; those of several processes stand in
+OUTPUT.shards.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ from absl import flags
 from gram_jax import entry
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
+from gram_jax.mesh import parse_mesh
 from gram_jax.reward_model import define_flags, flag_mesh, flag_model, flag_settings
-from gram_jax.scoring_job import ScoringJob, run_job
+from gram_jax.scoring_by_pieces import by_pieces, own_mesh, run_pieces
+from gram_jax.scoring_job import JobResult, ScoringJob, run_job
+from gram_jax.signals import StopRequest
 
 define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to score.", required=True)
@@ -73,16 +77,30 @@ def main(_: list[str]) -> None:
             " --reward=likelihood"
         )
     job = ScoringJob(
-        input=_INPUT.value, output=_OUTPUT.value, reward=settings, per_token=_PER_TOKEN.value
+        input=_INPUT.value,
+        output=_OUTPUT.value,
+        reward=settings,
+        per_token=_PER_TOKEN.value,
+        stall_seconds=flags.FLAGS.stall_seconds,
     )
-    mesh = flag_mesh()
-    result = run_job(job, flag_model(mesh), mesh=mesh)
+    with StopRequest("stopped by SIGTERM; the same command goes on after what is written"):
+        result = _run(job)
     if not is_main():
         return
     if result.was_complete:
         print(f"{job.output} is complete already; nothing was done", file=sys.stderr)
     print(result.summary.text())
     print(f"written to {job.output}", file=sys.stderr)
+
+
+def _run(job: ScoringJob) -> JobResult:
+    """In pieces, or all processes together."""
+    spread = parse_mesh(flags.FLAGS.mesh)
+    if by_pieces(job.output, spread):
+        mesh = own_mesh(spread)
+        return run_pieces(job, flag_model(mesh), mesh=mesh)
+    mesh = flag_mesh()
+    return run_job(job, flag_model(mesh), mesh=mesh)
 
 
 if __name__ == "__main__":

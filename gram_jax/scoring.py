@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from gram_jax import watchdog
 from gram_jax.mesh import no_surprises, put, row_parts, row_shards, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.packing import PackCounts, pack
@@ -226,6 +227,7 @@ def score_batches(
             leaf.copy_to_host_async()
         counts.batches += 1
         counts.places += shape.places
+        watchdog.progress()
         if previous is not None:
             yield _fetch(*previous)
         previous = (rows, result)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,21 +137,32 @@ def check_input(
     """
     digest = hashlib.sha256()
     digests = {0: digest.hexdigest()}
-    parse = judged if reading == "judge" else candidates_of
     number = 0
     for number, row in read_jsonl(path):
-        parse(row, file=path, line=number)
-        for name in reserved:
-            if name in row:
-                reason = "is there already, and scoring would write it; rename or remove it"
-                raise DataError(reason, file=path, line=number, field=name)
-        if "subset" in row:
-            require_text(row, "subset", file=path, line=number, allow_empty=True)
+        check_row(row, reserved, reading, file=path, line=number)
         add_row(digest, row)
         if number == at:
             digests[number] = digest.hexdigest()
     digests[number] = digest.hexdigest()
     return InputFacts(number, digests)
+
+
+def check_row(
+    row: dict[str, Any], reserved: Sequence[str], reading: str, *, file: str | Path, line: int
+) -> None:
+    """Refuses a row that cannot be scored, whatever the model; arguments as of `check_input`.
+
+    Raises:
+      DataError: names file, line and field.
+    """
+    parse = judged if reading == "judge" else candidates_of
+    parse(row, file=file, line=line)
+    for name in reserved:
+        if name in row:
+            reason = "is there already, and scoring would write it; rename or remove it"
+            raise DataError(reason, file=file, line=line, field=name)
+    if "subset" in row:
+        require_text(row, "subset", file=file, line=line, allow_empty=True)
 
 
 def judged(row: dict[str, Any], *, file: str | Path, line: int | None) -> Candidates:
@@ -192,9 +203,17 @@ def encode(
 
 
 def read_blocks(
-    path: str | Path, encoder: Encoder, *, start: int, block_tokens: int
+    path: str | Path,
+    encoder: Encoder,
+    *,
+    start: int,
+    block_tokens: int,
+    rows: Iterable[tuple[int, dict[str, Any]]] | None = None,
 ) -> Iterator[Block]:
     """The lines after the first ``start``, in blocks of about ``block_tokens`` tokens to compute.
+
+    Args:
+      rows: those of the file, with the numbers of their lines; None to read all of it.
 
     Raises:
       DataError: a bad row, or one that is too long.
@@ -202,7 +221,7 @@ def read_blocks(
     digest = hashlib.sha256()
     parse = judged if encoder.reading == "judge" else candidates_of
     builder, lines = BlockBuilder(), list[Line]()
-    for number, row in read_jsonl(path):
+    for number, row in read_jsonl(path) if rows is None else rows:
         add_row(digest, row)
         if number <= start:
             continue

@@ -27,6 +27,7 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 from jax.sharding import Mesh
 
+from gram_jax.config import STALL_SECONDS
 from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Accuracy, by_subset
@@ -36,6 +37,7 @@ from gram_jax.scorer import Loaded, RewardSettings, Scorer, judge_probability
 from gram_jax.scoring import BatchShape, EngineCounts, RowBatch, Running
 from gram_jax.scoring_input import Block, Line, check_input, read_blocks
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
+from gram_jax.watchdog import watched
 
 BLOCKS_IN_FLIGHT = 3
 BLOCK_BATCHES = 256
@@ -56,12 +58,14 @@ class ScoringJob:
       input, output: JSONL files; ``.gz`` is compressed.
       reward: how a reward is read.
       per_token: write the log-prob of every token, too.
+      stall_seconds: see `watchdog.watched`.
     """
 
     input: str
     output: str
     reward: RewardSettings = dataclasses.field(default_factory=RewardSettings)
     per_token: bool = False
+    stall_seconds: float = STALL_SECONDS
 
     def columns(self) -> list[str]:
         """The columns that the job may write."""
@@ -168,9 +172,10 @@ def run_job(
             files.finish()
             return JobResult(Summary(**state.summary), was_complete=True)
         files.open(state)
-        state = _score(job, scorer, files, state, facts.lines, stream)
+        with watched(job.stall_seconds, "scoring"):
+            state = _score(job, scorer, files, state, facts.lines, stream)
         counts = state.counts
-        state.summary = main_first(lambda: dataclasses.asdict(_summarise(counts, files.rows())))
+        state.summary = main_first(lambda: dataclasses.asdict(summarise(counts, files.rows())))
         files.write_state(state)
         files.finish()
         return JobResult(Summary(**state.summary), was_complete=False)
@@ -192,10 +197,10 @@ def _score(
         block_tokens=BLOCK_BATCHES * scorer.shapes[-1].places,
     )
     engine = scorer.engine
-    waiting: collections.deque[_Running] = collections.deque()
+    waiting: collections.deque[RunningBlock] = collections.deque()
 
     def batches() -> Iterator[RowBatch]:
-        for running in _ahead(_Running(block, scorer.shapes) for block in blocks):
+        for running in ahead(RunningBlock(block, scorer.shapes) for block in blocks):
             waiting.append(running)
             yield from running.batches
 
@@ -240,7 +245,7 @@ def _score(
 def _after(
     begun: JobState,
     state: JobState,
-    running: _Running,
+    running: RunningBlock,
     size: int,
     engine: EngineCounts,
     elapsed: float,
@@ -266,7 +271,7 @@ def _after(
     )
 
 
-class _Running(Running):
+class RunningBlock(Running):
     """A block on its way through the engine."""
 
     def __init__(self, block: Block, shapes: Sequence[BatchShape]):
@@ -311,7 +316,7 @@ class _Running(Running):
         return row
 
 
-def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
     """Yields the items; the next one is made in another thread while the last one is in use."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items, None)
@@ -320,7 +325,7 @@ def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
             yield item
 
 
-def _summarise(counts: dict[str, float], rows: Iterator[dict[str, Any]]) -> Summary:
+def summarise(counts: dict[str, float], rows: Iterator[dict[str, Any]]) -> Summary:
     """Reads the finished rows once, so that those of earlier runs are in it."""
     number = candidates = truncated = 0
     numbers = [array.array("d") for _ in range(3)]

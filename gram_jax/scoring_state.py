@@ -140,7 +140,7 @@ class JobFiles:
         if not is_main():
             return 0
         assert self._stream is not None
-        return self._stream.write(b"".join(map(_line, rows)))
+        return self._stream.write(b"".join(map(line_of, rows)))
 
     def record(self, state: JobState) -> None:
         """Forces what was appended to disk, then counts it."""
@@ -210,24 +210,16 @@ def check_alike(path: str | Path, digest: str) -> None:
         )
 
 
-def check_same(
-    state: JobState,
-    settings: dict[str, Any],
-    lines: int,
-    digests: dict[int, str],
-    files: JobFiles,
-) -> None:
-    """Refuses to mix the numbers of two different jobs in one file.
+def changes(
+    state: JobState, settings: dict[str, Any], lines: int, digests: dict[int, str]
+) -> list[str]:
+    """How the job that was begun differs from the one that would go on, in words.
 
     Args:
       state: what is done.
       settings: of the job that would go on.
       lines: of its input, the whole file.
       digests: SHA-256 of the rows on so many first lines.
-      files: where the state comes from.
-
-    Raises:
-      UserError: says what differs.
     """
     found = differences(state.settings, settings)
     if state.settings.get("too_long") == "error" and state.summary is None:
@@ -237,7 +229,22 @@ def check_same(
     changed = digests.get(state.lines) != state.input_sha256
     if changed or (state.summary is not None and lines != state.lines):
         found.append(f"the input's rows differ from those of the {state.lines} lines done")
-    if found:
+    return found
+
+
+def check_same(
+    state: JobState,
+    settings: dict[str, Any],
+    lines: int,
+    digests: dict[int, str],
+    files: JobFiles,
+) -> None:
+    """Refuses to mix the numbers of two different jobs in one file; see `changes`.
+
+    Raises:
+      UserError: says what differs.
+    """
+    if found := changes(state, settings, lines, digests):
         done = files.output if state.summary is not None else files.partial
         raise UserError(
             f"{done} was made by another job: {'; '.join(found)}. Delete it and"
@@ -245,7 +252,8 @@ def check_same(
         )
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of JSON."""
     try:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half a surrogate pair in some other column: escaped, as it came

@@ -1,8 +1,8 @@
 """SIGTERM: a machine that is about to be taken away asks the run to stop.
 
-While the loop runs, the step is finished, a checkpoint saved, and :class:`Preempted` raised; before
-the loop it is raised at once. Another SIGTERM, after a second or more, ends the process there and
-then.
+While the loop of a stage runs, the step is finished, a checkpoint saved, and :class:`Preempted`
+raised; before the loop, and in commands without one, it is raised at once. Another SIGTERM, after a
+second or more, ends the process there and then.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class StopRequest:
     Outside the main thread, where Python allows no handlers, nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, message: str = "stopped by SIGTERM before the first step; the same command goes on"
+    ) -> None:
+        """``message`` is that of a :class:`Preempted` that is raised at once."""
         self.requested = False
+        self._message = message
+        self._raised = False
         self._at_once = True
         self._votes: list[jax.Array] = []
         self._restore: list[Any] = []
@@ -107,8 +112,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        if self._at_once:
-            raise Preempted("stopped by SIGTERM before the first step; the same command goes on")
+        if self._at_once and not self._raised:
+            self._raised = True  # what is done on the way out must not be cut short
+            raise Preempted(self._message)
 
     def _forget(self) -> None:
         """In a forked worker: what ends a worker must not be written to the pipe of the run."""

@@ -47,7 +47,7 @@ def test_an_unknown_flag_is_named_with_the_nearest_one():
 
 
 def test_a_command_of_one_process_refuses_to_be_one_of_several(monkeypatch):
-    monkeypatch.setattr(entry.distributed, "start", lambda: None)
+    monkeypatch.setattr(entry.distributed, "start", lambda argv: None)
     monkeypatch.setattr(entry.distributed, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"one process; start it without launch/local\.sh"):
         entry._run(pytest.fail, one_process=True)

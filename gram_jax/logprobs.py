@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gram_jax.mesh import ROWS, activation_spec, gathered
+from gram_jax.mesh import ROWS, activation_spec, gathered, target_platform
 
 # Float32 logits alive on one device. On CPU they had better stay in the cache: measured.
 _CHUNK_BYTES = 64 * 2**20
@@ -50,7 +50,7 @@ def target_logprobs_and_logz(
         if not mesh.empty:
             rows //= mesh.shape["data"] * mesh.shape["fsdp"]
             vocabulary //= mesh.shape["tensor"]
-        budget = _CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else _CHUNK_BYTES
+        budget = _CHUNK_BYTES_CPU if target_platform() == "cpu" else _CHUNK_BYTES
         chunk = max(1, _LEAST_TARGETS // rows, budget // (4 * rows * vocabulary))
     m = hidden.shape[1]
     steps = -(-m // min(chunk, m))

@@ -73,7 +73,7 @@ class AbstractStep:
         return self.rows * self.config.data.row_length
 
     def trace(self) -> Any:
-        """The traced function, with its mesh entered: ``.jaxpr``, and ``.lower()`` for its chips."""
+        """The traced function: ``.jaxpr``, and ``.lower()``; its mesh must be entered."""
         return self.function.trace(*self.arguments, **self.static)
 
 

@@ -13,11 +13,11 @@
 DATA is a folder with text/train.jsonl.gz and text/validation.jsonl.gz (rows {"text": ...});
 TOKENIZER one with a tokenizer.json of at most 128,256 entries.
 
-The shape is that of the published config.json. Rows of 8,192 tokens, 1024 of them a step, are ours,
+The shape is that of the published config.json. Rows of 8,192 tokens, 512 of them a step, are ours,
 as are the rate, beta2 = 0.95 and decay 0.1.
 
-Hardware: a slice of 512 chips, such as v5p:8x8x8; a part of a step is 512 rows, which the number of
-devices must divide.
+Hardware: a slice of 512 chips, such as v5p:8x8x8; a step is 512 rows, in one
+part, which the number of devices must divide.
 Time and result: not run here; the least time by the chips' published figures is in docs/scaling.md.
 """
 
@@ -68,7 +68,7 @@ def get_config(data: str = "data") -> Config:
         objective=ObjectiveConfig(name="next_token"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.02, final=0.1),
         train=TrainConfig(
-            length=1, length_unit="epochs", batch_rows=1024, accumulate=2, validate_every=200
+            length=1, length_unit="epochs", batch_rows=512, accumulate=1, validate_every=200
         ),
         checkpoint=CheckpointConfig(every=200),
     )

@@ -17,8 +17,8 @@ TOKENIZER one with a tokenizer.json of at most 128,256 entries.
 The shape is that of the published config.json. Rows of 8,192 tokens, 512 of them a step, are ours,
 as are the rate, beta2 = 0.95 and decay 0.1.
 
-Hardware: a slice of 64 to 256 chips, such as v5p:4x4x4 or v6e:16x16; a part of a step is 256 rows,
-which the number of devices must divide.
+Hardware: a slice of 64 to 256 chips, such as v5p:4x4x4 or v6e:16x16; a step is 512 rows, in
+one part, which the number of devices must divide.
 Time and result: not run here; the least time by the chips' published figures is in docs/scaling.md.
 """
 
@@ -69,7 +69,7 @@ def get_config(data: str = "data") -> Config:
         objective=ObjectiveConfig(name="next_token"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.02, final=0.1),
         train=TrainConfig(
-            length=1, length_unit="epochs", batch_rows=512, accumulate=2, validate_every=200
+            length=1, length_unit="epochs", batch_rows=512, accumulate=1, validate_every=200
         ),
         checkpoint=CheckpointConfig(every=200),
     )

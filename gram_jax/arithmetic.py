@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gram_jax.abstract_step import AbstractStep, Memory, abstract_step, argument_bytes
@@ -176,4 +175,4 @@ class _Parts:
             chunks = self.targets / at_once
         head = chunks * self.vocabulary * (2 + (2 * 2 + 2 * 4) * self.training)
         update = 4 * memory.weights + 2 * memory.optimizer if self.training else 0
-        return float(np.multiply(parts, layers + head) + update)
+        return parts * (layers + head) + update

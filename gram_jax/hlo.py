@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from gram_jax.errors import UserError
+
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5,
@@ -100,7 +102,7 @@ class Program:
         """How often a counted loop's body is run.
 
         Raises:
-          ValueError: the loop does not count.
+          UserError: that depends on the data.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
         if known:
@@ -115,18 +117,25 @@ class Program:
     def _compared(self, condition: Computation) -> tuple[int, int]:
         """Which element of the loop's state is compared with which number."""
         root = condition.root
+        compared = [_source(condition, name) for name in root.operands[:2]]
         if root.opcode == "fusion":
-            # The comparison was fused: its operands are those of the fusion, in order.
-            inner = self.computations[root.called("calls")[0]].root
-            if inner.opcode == "compare":
-                root = dataclasses.replace(inner, operands=root.operands)
+            # The comparison was fused: what it compares are constants in there, or the fusion's own.
+            inside = self.computations[root.called("calls")[0]]
+            given, root = root.operands, inside.root
+            compared = [_source(inside, name) for name in root.operands[:2]]
+            compared = [
+                _source(condition, given[int(i.operands[0])]) if i.opcode == "parameter" else i
+                for i in compared
+            ]
         if root.opcode == "compare" and "direction=LT" in root.attributes:
-            first, second = (_source(condition, name) for name in root.operands[:2])
-            limit = _constant(condition, second.name)
+            first, second = compared
             index = first.attribute("index")
-            if limit is not None and index:
-                return int(index), limit
-        raise ValueError(f"the loop of {condition.name} does not count")
+            if second.opcode == "constant" and index:
+                return int(index), int(second.operands[0])
+        raise UserError(
+            f"the loop of {condition.name} runs as often as the data says, so the program cannot be"
+            " planned; of compute.attention, blocks has such loops"
+        )
 
     def _step(self, body: Computation, index: int) -> int:
         name = _element(body, body.root.name, index)

@@ -11,7 +11,10 @@ import dataclasses
 import importlib.util
 import os
 import re
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,7 +142,7 @@ def compile_step(config: Config, where: Slice, name: str = "train") -> Compiled:
         flops = device_flops(traced.jaxpr.jaxpr, sizes)
         held = argument_bytes(step)
         try:
-            compiled = traced.lower().compile()
+            compiled, text = _compile(traced.lower())
         except jax.errors.JaxRuntimeError as error:
             used, limit = out_of_memory(str(error))
             memory = Memory(*held, 0, used - sum(held), used, limit)
@@ -150,7 +153,7 @@ def compile_step(config: Config, where: Slice, name: str = "train") -> Compiled:
     total = found.argument_size_in_bytes + output + found.temp_size_in_bytes
     limit = int(where.device_memory)
     memory = Memory(*held, output, found.temp_size_in_bytes, total, limit)
-    program = parse(compiled.as_text())
+    program = parse(text)
     exchanges, traffic = collectives(program, sizes), memory_traffic(program)
     roofline = Roofline(
         compute=flops / where.device_flops,
@@ -162,6 +165,19 @@ def compile_step(config: Config, where: Slice, name: str = "train") -> Compiled:
     )
     seconds = time.monotonic() - began
     return Compiled(step, where, mesh, memory, flops, traffic, exchanges, roofline, seconds)
+
+
+def _compile(lowered: Any) -> tuple[Any, str]:
+    """The executable and its program, from the compiler's own file.
+
+    ``as_text()`` of an executable refuses programs in which an exchange goes on over several
+    instructions.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (file,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, file.read_text(encoding="utf-8")
 
 
 def out_of_memory(message: str) -> tuple[int, int]:

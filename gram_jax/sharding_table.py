@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from gram_jax.abstract_step import AbstractStep
 
@@ -72,6 +73,8 @@ def activations(step: AbstractStep) -> list[ArrayRow]:
                 continue
             if aval.ndim < 3 or aval.shape in weights:
                 continue
+            if any(kind != AxisType.Explicit for kind in aval.sharding.mesh.axis_types):
+                continue  # left to the compiler, within one operation of JAX
             row = _row("activation", _place(equation), aval)
             found.setdefault((row.shape, row.dtype, row.spec), row)
     return sorted(found.values(), key=lambda row: -row.bytes)

@@ -119,7 +119,7 @@ class Program:
         root = condition.root
         compared = [_source(condition, name) for name in root.operands[:2]]
         if root.opcode == "fusion":
-            # The comparison was fused: what it compares are constants in there, or the fusion's own.
+            # It was fused: what it compares are constants in there, or operands of the fusion.
             inside = self.computations[root.called("calls")[0]]
             given, root = root.operands, inside.root
             compared = [_source(inside, name) for name in root.operands[:2]]

@@ -25,8 +25,8 @@ from gram_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, Tra
 from gram_jax.errors import UserError
 from gram_jax.flops import device_flops
 from gram_jax.hlo import Instruction, parse
-from gram_jax.planning import out_of_memory
 from gram_jax.plan_sweep import overrides, sweep
+from gram_jax.planning import out_of_memory
 from gram_jax.roofline import Roofline, closes, link_bandwidth, network_seconds
 from gram_jax.sharding_table import sharding_table
 from gram_jax.traffic import memory_traffic

@@ -35,6 +35,7 @@ setup(
         "matplotlib",  # figures of reports
         "numpy",
         "pyarrow>=20",
+        "rich",  # tables of plans
         "safetensors>=0.5",
         "scipy",  # ratings from comparisons
         "tensorboardX",
@@ -59,6 +60,7 @@ setup(
             "types-tqdm",
         ],
         "tpu": ["libtpu"],
+        "plan": ["libtpu"],  # the compiler for TPUs, which needs none
         "cuda": ["jax[cuda13]"],
     },
 )

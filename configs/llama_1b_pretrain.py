@@ -16,7 +16,8 @@ with a warm-up of 0.1, AdamW, clipping at 1.0, bfloat16, and, from published wei
 row holds several documents. Ours: the rate of 3e-4 for random weights, beta2 = 0.95, decay 0.1.
 
 Hardware: weights, gradients and both moments take 16 bytes a parameter, 20 GB, split over all
-devices (fsdp); a part of a step is 8 rows, so 1, 2, 4 or 8 devices.
+devices (fsdp); a part of a step is 64 rows, which the number of devices must divide. A slice
+v5e:4x4 fits: python -m gram_jax.plan --config=configs/llama_1b_pretrain.py --topology=v5e:4x4
 Time and result: not run here.
 """
 
@@ -68,7 +69,7 @@ def get_config(data: str = "data") -> Config:
         objective=ObjectiveConfig(name="next_token"),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=0.1, final=0.0),
         train=TrainConfig(
-            length=1, length_unit="epochs", batch_rows=256, accumulate=32, validate_every=200
+            length=1, length_unit="epochs", batch_rows=256, accumulate=4, validate_every=200
         ),
         checkpoint=CheckpointConfig(every=200),
     )

@@ -369,7 +369,9 @@ class Config:
     seed: int = setting(0, "Of initialisation and data order; position derives all the rest.")
     init_from: str = setting("", "Checkpoint or Hugging Face folder to start from; '' = random.")
     tokenizer: str = setting("", "Folder with tokenizer.json; '' = that of init_from.")
-    model: ModelConfig = setting(ModelConfig, "Shape, where init_from is empty.")
+    model: ModelConfig = setting(
+        ModelConfig, "Shape, where init_from is empty; else the folder has it."
+    )
     compute: ComputeConfig = setting(ComputeConfig, "How the forward pass is computed.")
     mesh: MeshConfig = setting(MeshConfig, "Device mesh.")
     data: DataConfig = setting(DataConfig, "Data and rows.")

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gram_jax.mesh import ROWS, activation_spec, gathered
+from gram_jax.mesh import ROWS, activation_spec, gathered, target_platform
 
 # Float32 logits alive on one device. On CPU they had better stay in the cache: measured.
 _CHUNK_BYTES = 64 * 2**20
@@ -108,7 +108,7 @@ def _prepared(unembedding: jax.Array, targets: jax.Array, chunk: int) -> tuple[j
         m //= mesh.shape["context"]
         vocabulary //= mesh.shape["tensor"]
     if chunk == 0:
-        budget = _CHUNK_BYTES_CPU if jax.default_backend() == "cpu" else _CHUNK_BYTES
+        budget = _CHUNK_BYTES_CPU if target_platform() == "cpu" else _CHUNK_BYTES
         chunk = max(1, _LEAST_TARGETS // rows, budget // (4 * rows * vocabulary))
     steps = -(-m // min(chunk, m))
     return unembedding, -(-m // steps)

@@ -103,6 +103,37 @@ def _no_mesh() -> bool:
     return bool(jax.sharding.get_abstract_mesh().empty)
 
 
+def target_platform() -> str:
+    """What the function being traced is for: ``cpu``, ``gpu`` or ``tpu``.
+
+    That of the mesh's devices, which need not be here: a step can be compiled for others.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of the axes over so many devices, with -1 replaced.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, one may be -1"
+        )
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(devices // rest, 1)
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices;"
+            f" there are {devices}"
+        )
+    return tuple(sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with axes data, fsdp, tensor, context over all devices (or those given).
 
@@ -113,19 +144,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         the number of slices.
     """
     found = list(devices) if devices is not None else jax.devices()
-    sizes = [config.data, config.fsdp, config.tensor, config.context]
-    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are positive, one may be -1"
-        )
-    if -1 in sizes:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(len(found) // rest, 1)
-    if math.prod(sizes) != len(found):
-        raise UserError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices;"
-            f" there are {len(found)}"
-        )
+    sizes = mesh_sizes(config, len(found))
     mesh = Mesh(arranged(sizes, found), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     if devices is None and process_count() > 1 and found[0].platform == "cpu":
         _connect(mesh)

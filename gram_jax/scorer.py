@@ -44,6 +44,12 @@ _WINDOW_BATCHES = 256
 _WINDOW_QUESTIONS = 8192
 
 
+def default_batch_rows(row_length: int, shards: int, platform: str) -> int:
+    """Rows computed at once on this many devices that rows are split over."""
+    tokens = _BATCH_TOKENS.get(platform, _BATCH_TOKENS_ACCELERATOR)
+    return max(tokens // row_length, 1) * shards
+
+
 class Loaded(Protocol):
     """What a checkpoint gives: the model, its tokenizer, and a name for the numbers they make."""
 
@@ -168,8 +174,9 @@ class RewardSettings:
                 f" most row_length={row_length} and the model's {longest} positions"
             )
         shards = row_shards(mesh)
-        tokens = _BATCH_TOKENS.get(jax.default_backend(), _BATCH_TOKENS_ACCELERATOR)
-        batch_rows = self.batch_rows or max(tokens // row_length, 1) * shards
+        batch_rows = self.batch_rows or default_batch_rows(
+            row_length, shards, jax.default_backend()
+        )
         if batch_rows < 1:
             raise UserError(f"batch_rows={batch_rows} must be positive")
         if mesh is not None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gram_jax.errors import UserError
-from gram_jax.mesh import context_size, per_device
+from gram_jax.mesh import context_size, per_device, target_platform
 from gram_jax.models.attention import FULL, attention, mask_bias, row_mask, window_mask
 from gram_jax.models.attention_blocks import block_attention, block_view
 from gram_jax.models.attention_gpu import flash_attention, flash_view
@@ -28,10 +28,10 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def backend(name: str) -> str:
-    """The backend that ``compute.attention`` names; auto is the fastest of this platform."""
+    """The backend that ``compute.attention`` names; auto is the fastest of the platform."""
     if name != "auto":
         return name
-    return {"cpu": "blocks", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    return {"cpu": "blocks", "tpu": "splash"}.get(target_platform(), "xla")
 
 
 def attention_of(batch: Batch, name: str) -> Callable[[jax.Array | None], Attend]:

@@ -20,7 +20,7 @@ from flax import nnx
 
 from gram_jax.config import ComputeConfig, ModelConfig
 from gram_jax.errors import UserError
-from gram_jax.mesh import gathered, named, out_spec, weight_spec
+from gram_jax.mesh import gathered, named, out_spec, target_platform, weight_spec
 from gram_jax.models.attention import FULL, rope_tables, rotate
 from gram_jax.models.backends import Attend, attention_of, backend
 from gram_jax.models.products import product
@@ -259,13 +259,13 @@ def _layers(weight: Any, part: slice) -> Any:
 
 def compute_dtype(compute: ComputeConfig) -> Any:
     if compute.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if target_platform() == "cpu" else jnp.bfloat16
     return jnp.dtype(compute.dtype)
 
 
 def _default_unroll(depth: int) -> int:
     # Measured: on CPU unrolled layers are faster than a loop; elsewhere a loop compiles faster.
-    return depth if jax.default_backend() == "cpu" else 1
+    return depth if target_platform() == "cpu" else 1
 
 
 def _remat(body: Any, kind: str) -> Any:

@@ -56,6 +56,7 @@ from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
 from gram_jax.reward_model import define_flags, flag_mesh, flag_model, flag_settings
 from gram_jax.scoring_job import ScoringJob, run_job
+from gram_jax.storage import local_output
 
 define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to score.", required=True)
@@ -72,17 +73,18 @@ def main(_: list[str]) -> None:
             f"--per_token: a {settings.reading} has no log-probs of tokens; leave it out, or add"
             " --reward=likelihood"
         )
-    job = ScoringJob(
-        input=_INPUT.value, output=_OUTPUT.value, reward=settings, per_token=_PER_TOKEN.value
-    )
     mesh = flag_mesh()
-    result = run_job(job, flag_model(mesh), mesh=mesh)
+    with local_output(_OUTPUT.value, writes=is_main()) as output:
+        job = ScoringJob(
+            input=_INPUT.value, output=output, reward=settings, per_token=_PER_TOKEN.value
+        )
+        result = run_job(job, flag_model(mesh), mesh=mesh)
     if not is_main():
         return
     if result.was_complete:
-        print(f"{job.output} is complete already; nothing was done", file=sys.stderr)
+        print(f"{_OUTPUT.value} is complete already; nothing was done", file=sys.stderr)
     print(result.summary.text())
-    print(f"written to {job.output}", file=sys.stderr)
+    print(f"written to {_OUTPUT.value}", file=sys.stderr)
 
 
 if __name__ == "__main__":

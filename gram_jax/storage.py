@@ -147,6 +147,12 @@ def upload(local: Path, place: Place) -> None:
         place.write(source)
 
 
+def digest_of(place: Place) -> str:
+    """SHA-256 of a file's content."""
+    with place.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextlib.contextmanager
 def local_output(name: str, *, writes: bool = True) -> Iterator[str]:
     """A local file to write in the place of ``name``, which is copied there at the end.

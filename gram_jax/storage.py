@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar
 
-from gram_jax.errors import DataError
+from gram_jax.errors import DataError, UserError
 
 REACH_SECONDS = 15.0
 _BUFFER = 1 << 20
@@ -128,6 +128,20 @@ def located(name: str | Path | Remote) -> Place:
     if isinstance(name, Remote):
         return name
     return Remote(str(name)) if is_url(name) else Path(name)
+
+
+def local_folder(name: str | Path, what: str) -> Path:
+    """The folder that a name stands for; checkpoints and rows are read from local ones only.
+
+    Raises:
+      UserError: it is a URL.
+    """
+    if is_url(name):
+        raise UserError(
+            f"{what}={name}: must be a local or a mounted folder; mount the bucket (gcsfuse,"
+            " mountpoint-s3), or copy from and to it"
+        )
+    return Path(name)
 
 
 def upload(local: Path, place: Place) -> None:

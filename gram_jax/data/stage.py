@@ -18,7 +18,7 @@ from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
-from gram_jax.storage import Place
+from gram_jax.storage import Place, local_folder
 
 
 @dataclasses.dataclass
@@ -180,4 +180,6 @@ def num_steps(train: TrainConfig, per_row: Mapping[str, float]) -> int:
 
 def data_folder(config: Config, workdir: str | Path) -> Path:
     """Where the prepared rows of a run lie."""
-    return Path(config.data.prepared) if config.data.prepared else Path(workdir) / "data"
+    if config.data.prepared:
+        return local_folder(config.data.prepared, "config.data.prepared")
+    return Path(workdir) / "data"

@@ -11,7 +11,7 @@ from pathlib import Path
 import peer_models
 import pytest
 
-BEAM = Path(__file__).parents[2] / ".venv" / "peers" / "beam-2.77"
+BEAM = Path(sys.prefix) / "peers" / "beam-2.77"
 PYTHONPATH = os.pathsep.join([str(Path(__file__).parents[2]), str(BEAM)])
 
 

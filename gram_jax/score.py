@@ -3,7 +3,8 @@
   python -m gram_jax.score --checkpoint=CHECKPOINT --input=pairs.jsonl --output=scored.jsonl
 
 CHECKPOINT is a folder of ours (a workdir, or one step of it) or a Hugging Face folder (config.json,
-safetensors, tokenizer.json). Files may end in .gz, and be URLs (docs/preparing.md). A row of the input is one of
+safetensors, tokenizer.json). Files may end in .gz, and be URLs (docs/preparing.md). A row of the
+input is one of
 
   {"prompt": ..., "response": ...}
   {"prompt": ..., "responses": [..., ...]}

@@ -109,7 +109,7 @@ def silent_server():
 def test_a_store_that_does_not_answer_is_an_error_in_time(silent_server, monkeypatch):
     monkeypatch.setattr(storage, "REACH_SECONDS", 0.5)
     began = time.monotonic()
-    with pytest.raises(DataError, match="no answer within .* check the network"):
+    with pytest.raises(DataError, match=r"no answer within .* check the network"):
         open_source(f"ftp://127.0.0.1:{silent_server}/a.jsonl")
     assert time.monotonic() - began < 10
 
@@ -117,7 +117,7 @@ def test_a_store_that_does_not_answer_is_an_error_in_time(silent_server, monkeyp
 def test_a_store_that_refuses_is_an_error(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(DataError, match="cannot be reached .*refused"):
+    with pytest.raises(DataError, match=r"cannot be reached .*refused"):
         open_source(f"ftp://127.0.0.1:{port}/a.jsonl")
 
 

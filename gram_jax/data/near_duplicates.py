@@ -92,9 +92,10 @@ def repeated_among(signatures: Signatures, threshold: float) -> npt.NDArray[np.b
     for keys in band_keys(signatures, threshold):
         order = np.argsort(keys, kind="stable")
         edges = np.flatnonzero(np.diff(keys[order])) + 1
-        for members in np.split(order, edges):
-            if len(members) > 1:
-                repeated[members] |= repeated_in(signatures[members], threshold)
+        starts, ends = np.append(0, edges), np.append(edges, len(order))
+        for bucket in np.flatnonzero(ends - starts > 1):  # most rows meet no other
+            members = order[starts[bucket] : ends[bucket]]
+            repeated[members] |= repeated_in(signatures[members], threshold)
     return repeated
 
 

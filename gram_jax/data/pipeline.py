@@ -8,7 +8,7 @@ chunks and shards have the same bounds, and a shard takes its records in the ord
 Where nearly equal rows are left out, blocks give signatures first; rows meet in the buckets of
 their bands, and what repeats an earlier row goes back to the block it came from. Nothing passes
 through the process that starts the pipeline but the report: FOLDER/work/report.json, which it reads
-at the end. FOLDER/work/job.pickle is what workers read; so FOLDER must be a place that all workers
+at the end. FOLDER/work/job-....pickle is what workers read; so FOLDER must be a place that all workers
 reach, a URL if they are other machines.
 
 Bad rows and damaged files are part of the report. Where they are to stop the preparation no shard
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -105,16 +106,21 @@ def run(job: Job, sources: Sequence[Source], options: Sequence[str]) -> Made:
         for old in job.folder.glob("rows-*.array_record*"):
             old.unlink()
         shutil.rmtree(job.folder / FOLDER, ignore_errors=True)
-    _write(work / "job.pickle", pickle.dumps(job))
+    data = pickle.dumps(job)
+    # Workers keep what they have read, so another job has another name.
+    file = work / f"job-{hashlib.sha256(data).hexdigest()[:16]}.pickle"
+    _write(file, data)
     files = [
         (number, place, path)
         for number, source in enumerate(sources)
         for place, path in enumerate(source.files())
     ]
     with beam.Pipeline(options=PipelineOptions(list(options))) as root:
-        _build(root, str(work), job, pieces_of(sources), files)
+        _build(root, str(file), job, pieces_of(sources), files)
     with (work / "report.json").open("rb") as stream:
         report = json.loads(stream.read())
+    for done in (file, work / "report.json"):
+        done.unlink()
     faults = [DataError(**{k: fault[k] for k in _FAULT}) for fault in report["faults"]]
     for fault, values in zip(faults, report["faults"], strict=True):
         if values["stops"]:
@@ -132,31 +138,31 @@ def run(job: Job, sources: Sequence[Source], options: Sequence[str]) -> Made:
 _FAULT = ("reason", "file", "line", "field")
 
 
-def _build(root: Any, work: str, job: Job, pieces: Sequence[Piece], files: Sequence[Any]) -> None:
+def _build(root: Any, file: str, job: Job, pieces: Sequence[Piece], files: Sequence[Any]) -> None:
     """Everything that is done to pieces and files; the report is written last."""
     cut = (
         root
         | "pieces" >> beam.Create(list(enumerate(pieces)))
         | "spread the pieces" >> beam.Reshuffle()
-        | "cut" >> beam.ParDo(_Cut(work)).with_outputs("faults", main="blocks")
+        | "cut" >> beam.ParDo(_Cut(file)).with_outputs("faults", main="blocks")
     )
     blocks = cut.blocks | "spread the blocks" >> beam.Reshuffle()
     if job.recipe.selection.near_duplicates:
         repeated = (
             blocks
-            | "sign" >> beam.ParDo(_Sign(work))
+            | "sign" >> beam.ParDo(_Sign(file))
             | "meet" >> beam.GroupByKey()
-            | "compare" >> beam.ParDo(_Compare(work))
+            | "compare" >> beam.ParDo(_Compare(file))
         )
         grouped = {"blocks": blocks, "repeated": repeated} | "join" >> beam.CoGroupByKey()
         tasks = grouped | "leave out" >> beam.Map(_without_repeated)
     else:
         tasks = blocks | "leave out none" >> beam.Map(_all_rows)
-    encoded = tasks | "tokenise" >> beam.ParDo(_Encode(work)).with_outputs(
+    encoded = tasks | "tokenise" >> beam.ParDo(_Encode(file)).with_outputs(
         "counts", "draws", "faults", main="records"
     )
     counts = encoded.counts | "count" >> beam.CombineGlobally(_add_counts)
-    sizes = counts | "measure" >> beam.ParDo(_Measure(work), AsList(encoded.draws)).with_outputs(
+    sizes = counts | "measure" >> beam.ParDo(_Measure(file), AsList(encoded.draws)).with_outputs(
         "faults", main="sizes"
     )
     faults = (cut.faults, encoded.faults, sizes.faults) | "faults" >> beam.Flatten()
@@ -172,7 +178,7 @@ def _build(root: Any, work: str, job: Job, pieces: Sequence[Piece], files: Seque
         (split, empty)
         | "records" >> beam.Flatten()
         | "by shard" >> beam.GroupByKey()
-        | "pack" >> beam.ParDo(_Pack(work), AsSingleton(sizes.sizes), AsSingleton(stopping))
+        | "pack" >> beam.ParDo(_Pack(file), AsSingleton(sizes.sizes), AsSingleton(stopping))
     )
     digests = (
         root
@@ -182,7 +188,7 @@ def _build(root: Any, work: str, job: Job, pieces: Sequence[Piece], files: Seque
     )
     _ = (
         root
-        | "end" >> beam.Create([work])
+        | "end" >> beam.Create([str(job.folder / FOLDER)])
         | "report"
         >> beam.Map(
             _report, AsSingleton(sizes.sizes), AsList(parts), AsList(faults), AsList(digests)
@@ -193,17 +199,17 @@ def _build(root: Any, work: str, job: Job, pieces: Sequence[Piece], files: Seque
 class _Step(beam.DoFn):
     """A step that knows the job."""
 
-    def __init__(self, work: str):
-        self._work = work
+    def __init__(self, file: str):
+        self._file = file
 
     @property
     def job(self) -> Job:
-        return _job(self._work)
+        return _job(self._file)
 
 
 @functools.lru_cache(maxsize=1)
-def _job(work: str) -> Job:
-    with (located(work) / "job.pickle").open("rb") as stream:
+def _job(file: str) -> Job:
+    with located(file).open("rb") as stream:
         job = pickle.loads(stream.read())
     assert isinstance(job, Job)
     return job

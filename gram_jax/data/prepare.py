@@ -350,6 +350,10 @@ def _make_by_beam(
             f"--runner={beam.runner} needs Apache Beam ({error}), in an environment of its own:"
             " pip install -c constraints-beam.txt -e '.[beam]' (docs/preparing.md)"
         ) from None
+    for source in sources:
+        if source.content is not None:  # other machines have other packages
+            reason = "is read from what is installed here; with --runner write it to a file first"
+            raise DataError(reason, file=source.spec)
     meter.say(f"{asked.spec}: {beam.runner} makes its rows in {folder}")
     job = pipeline.Job(recipe, asked.tokenizer, folder, asked.spec, CHUNK_BYTES, _ROWS_PER_SHARD)
     made = pipeline.run(job, sources, [f"--runner={beam.runner}", *beam.options])

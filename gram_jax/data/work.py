@@ -121,11 +121,11 @@ def repeated_rows(plan: Plan) -> dict[int, frozenset[int]]:
     lines = np.concatenate([found["lines"] for found in kept])
     chunks = np.repeat(np.arange(len(kept)), [len(found["lines"]) for found in kept])
     signatures = np.concatenate([found["signatures"] for found in kept])
-    repeated = repeated_among(signatures, plan.selection.near_duplicates)
-    return {
-        int(chunk): frozenset(map(int, lines[repeated & (chunks == chunk)]))
-        for chunk in np.unique(chunks[repeated])
-    }
+    places = np.flatnonzero(repeated_among(signatures, plan.selection.near_duplicates))
+    by_chunk: dict[int, list[int]] = {}
+    for chunk, line in zip(chunks[places].tolist(), lines[places].tolist(), strict=True):
+        by_chunk.setdefault(chunk, []).append(line)
+    return {chunk: frozenset(found) for chunk, found in by_chunk.items()}
 
 
 def make_chunk(

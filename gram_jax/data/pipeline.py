@@ -7,9 +7,9 @@ chunks and shards have the same bounds, and a shard takes its records in the ord
 
 Where nearly equal rows are left out, blocks give signatures first; rows meet in the buckets of
 their bands, and what repeats an earlier row goes back to the block it came from. Nothing passes
-through the process that starts the pipeline but the report: FOLDER/work/report.json, which it reads
-at the end. FOLDER/work/job-....pickle is what workers read; so FOLDER must be a place that all workers
-reach, a URL if they are other machines.
+through the process that starts the pipeline but the report: FOLDER/work/report.json, which it
+reads at the end. FOLDER/work/job-....pickle is what workers read; so FOLDER must be a place that
+all workers reach, a URL if they are other machines.
 
 Bad rows and damaged files are part of the report. Where they are to stop the preparation no shard
 is packed, and the first of them is raised.

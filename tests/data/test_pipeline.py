@@ -59,16 +59,16 @@ def with_repeats(rows, field):
 
 def cases(folder):
     """Of each: what differs from a plain preparation of text."""
-    unlabelled, labelled = texts(300), pairs(300)
+    unlabelled, labelled = texts(160), pairs(160)
     text = write(folder / "text.jsonl", with_repeats(unlabelled, "text"))
-    more = write(folder / "more.jsonl.gz", texts(120, seed=5))
-    answers = write(folder / "responses.jsonl", responses(300))
+    more = write(folder / "more.jsonl.gz", texts(60, seed=5))
+    answers = write(folder / "responses.jsonl", responses(160))
     preferences = write(folder / "pairs.jsonl", labelled)
     eval_text = write(folder / "eval_text.jsonl", unlabelled[40:60])
     eval_pairs = write(folder / "eval_pairs.jsonl", labelled[:9])
     lines = Path(text).read_text().split("\n")
     broken = folder / "broken.jsonl"
-    broken.write_text("\n".join([*lines[:150], "{", *lines[150:200], '{"text": 7}', ""]))
+    broken.write_text("\n".join([*lines[:90], "{", *lines[90:120], '{"text": 7}', ""]))
     cut = folder / "cut.jsonl.gz"
     cut.write_bytes(Path(more).read_bytes()[:-200])
     likelihood = {"reading": "likelihood"}
@@ -136,7 +136,7 @@ def test_all_cases_did_what_they_are_for(made):
     }
     assert read["few"]["undrawn_pairs"] and read["few"]["overlapping_rows"]
     assert read["few"]["other_part"]
-    assert read["alike"]["near_duplicates"] > 40 and read["alike"]["overlapping_texts"]
+    assert read["alike"]["near_duplicates"] > 20 and read["alike"]["overlapping_texts"]
     assert read["aside"]["bad_rows"] == 2
     assert (folder / "aside" / "beam" / "quarantine.jsonl").is_file()
 
@@ -144,7 +144,7 @@ def test_all_cases_did_what_they_are_for(made):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bad row", "broken.jsonl:151: not JSON"),
+        ("bad row", "broken.jsonl:91: not JSON"),
         ("cut off", "cut.jsonl.gz:"),
         ("too few", "fewer than config.data.max_pairs=9999"),
     ],

@@ -9,6 +9,10 @@ TORCH := torch==2.13.0
 # The older transformers that exported folders must load in too, beside the one in .venv.
 PEERS := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 requests==2.32.5 \
 	urllib3==2.5.0 charset-normalizer==3.4.4 certifi==2026.10.18
+# Apache Beam, beside .venv: it works with the versions there, but asks pip for older ones.
+BEAM := apache-beam==2.77.0 beartype==0.22.9 cffi==2.1.1 cryptography==50.0.2 dnspython==2.9.2 \
+	fastavro==1.13.1 fasteners==0.20 grpcio==1.85.3 httplib2==0.32.1 jsonpickle==4.1.4 \
+	objsize==0.7.1 proto-plus==1.29.0 pycparser==3.12 pymongo==4.20.1 pytz==2026.6 zstandard==0.25.0
 
 .PHONY: quickstart test lint bench clean
 
@@ -50,6 +54,8 @@ bench: .venv/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target .venv/peers/transformers-4.57 $(PEERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .venv/peers/beam-2.77 $(BEAM)
 	touch $@
 
 clean:

@@ -30,6 +30,7 @@ setup(
         "ml-collections>=1.1.0",
         "absl-py",
         "array-record>=0.8",
+        "fsspec>=2024.6",  # files by URL
         "importlib-resources",  # TFDS needs it without TensorFlow
         "jinja2",  # chat templates
         "matplotlib",  # figures of reports
@@ -59,6 +60,9 @@ setup(
             "transformers>=4.57",
             "types-tqdm",
         ],
+        # In an environment of its own: it needs older versions of four packages than
+        # constraints.txt has (docs/preparing.md).
+        "beam": ["apache-beam>=2.77"],
         "tpu": ["libtpu"],
         "plan": ["libtpu"],  # the compiler for TPUs, which needs none
         "cuda": ["jax[cuda13]"],

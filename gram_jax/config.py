@@ -197,10 +197,21 @@ class DataConfig:
         # They may move; which prompts they hold is part of what rows are made of.
         resume=FREE,
     )
+    exclude_ngrams: int = setting(
+        0,
+        "Words in a row that a text of train may not share with a text of exclude, as 13;"
+        " 0 = only prompts are compared.",
+    )
     on_overlap: str = setting(
         "drop",
-        "Rows of train whose prompt is in exclude: left out and counted, or only counted.",
+        "Rows of train whose prompt or words are in exclude: left out and counted, or only"
+        " counted.",
         choices=("drop", "count"),
+    )
+    near_duplicates: float = setting(
+        0.0,
+        "Rows that are as alike as this to an earlier row of their source (Jaccard's measure of"
+        " their runs of five words, as 0.8) are left out; 0 = all stay.",
     )
     max_pairs: int = setting(
         0, "Labelled pairs drawn from each source of train; 0 = all. A draw holds all smaller ones."

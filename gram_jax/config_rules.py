@@ -169,6 +169,14 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
             "holdout makes the validation data, but validation names some; leave out one of them",
         ),
         (lambda c: c.max_pairs >= 0, "max_pairs is a number of pairs, or 0"),
+        (
+            lambda c: c.exclude_ngrams == 0 or (c.exclude_ngrams > 0 and c.exclude),
+            "exclude_ngrams is a number of words, or 0, and goes with sources in exclude",
+        ),
+        (
+            lambda c: 0 <= c.near_duplicates <= 1,
+            "near_duplicates is a share, in (0, 1], or 0",
+        ),
     ),
     ObjectiveConfig: (
         (lambda c: 0 <= c.label_smoothing < 0.5, "label_smoothing must be in [0, 0.5)"),

@@ -7,7 +7,6 @@ Anything else that escapes is a defect of this code and keeps its traceback.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 
@@ -28,7 +27,7 @@ class DataError(UserError):
     """
 
     def __init__(
-        self, reason: str, *, file: str | Path, line: int | None = None, field: str | None = None
+        self, reason: str, *, file: object, line: int | None = None, field: str | None = None
     ) -> None:
         self.reason = reason
         self.file = str(file)

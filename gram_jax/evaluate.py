@@ -42,6 +42,7 @@ from gram_jax.evaluation_job import REPORT, EvaluationJob, run_evaluation
 from gram_jax.ranking_job import Engine
 from gram_jax.reward_model import define_flags, flag_scorer
 from gram_jax.signals import StopRequest
+from gram_jax.storage import local_folder
 
 define_flags(checkpoint_required=False)
 _DATA = flags.DEFINE_list("data", [], "Files to evaluate on, joined by commas.")
@@ -74,7 +75,7 @@ def main(_: list[str]) -> None:
     job = EvaluationJob(
         checkpoint=flags.FLAGS.checkpoint,
         data=tuple(_DATA.value),
-        output=_OUTPUT.value,
+        output=str(local_folder(_OUTPUT.value, "--output")),
         benchmark=_BENCHMARK.value or "",
         chat=_CHAT.value,
         seed=_SEED.value,

@@ -14,6 +14,7 @@ from gram_jax.data.formats import brief
 from gram_jax.data.records import open_source
 from gram_jax.data.sources import Prompt
 from gram_jax.errors import DataError
+from gram_jax.storage import Place
 
 _BLOCK_SIZE = 1 << 20
 
@@ -151,7 +152,7 @@ def _list_of_records(path: Path) -> Iterator[tuple[str, int, Record]]:
 
 def _digests(name: str) -> dict[str, str]:
     if Path(name).is_file():
-        paths: tuple[Path, ...] = (Path(name),)
+        paths: tuple[Place, ...] = (Path(name),)
     else:
         source = open_source(name)
         paths = source.files()

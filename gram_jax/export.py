@@ -30,6 +30,7 @@ from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
 from gram_jax.model_card import export_checkpoint
 from gram_jax.peft_folder import export_adapter
+from gram_jax.storage import local_folder
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What to export.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must not exist.", required=True)
@@ -45,10 +46,11 @@ def main(_: list[str]) -> None:
         raise UserError("--base goes with --adapter")
     if _ADAPTER.value and _CLASSIFIER.value:
         raise UserError("--adapter and --classifier exclude each other")
+    output = str(local_folder(_OUTPUT.value, "--output"))
     if _ADAPTER.value:
-        folder = export_adapter(_CHECKPOINT.value, _OUTPUT.value, _BASE.value)
+        folder = export_adapter(_CHECKPOINT.value, output, _BASE.value)
     else:
-        folder = export_checkpoint(_CHECKPOINT.value, _OUTPUT.value, classifier=_CLASSIFIER.value)
+        folder = export_checkpoint(_CHECKPOINT.value, output, classifier=_CLASSIFIER.value)
     if is_main():
         print(f"written to {folder}")
 

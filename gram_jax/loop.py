@@ -34,6 +34,7 @@ from gram_jax.readouts import Readout
 from gram_jax.reporting import MetricsLog, NullLog, Progress
 from gram_jax.saving import CheckpointStore, NotFinite
 from gram_jax.signals import Preempted, StopRequest
+from gram_jax.storage import local_folder
 from gram_jax.training import (
     COUNTS,
     TrainState,
@@ -70,10 +71,11 @@ def run_stage(config: Config, workdir: str | Path, *, quiet: bool = False) -> St
       Preempted: SIGTERM came; before the loop, or after a step whose checkpoint is saved.
     """
     validate(config)
+    workdir = local_folder(workdir, "--workdir")
     with StopRequest() as stop:
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh), CheckpointStore(workdir, config.checkpoint) as store:
-            return _Stage(config, Path(workdir), mesh, store, stop, quiet).run()
+            return _Stage(config, workdir, mesh, store, stop, quiet).run()
 
 
 class _Stage:

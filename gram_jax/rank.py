@@ -54,6 +54,7 @@ from gram_jax.ranking import METHODS
 from gram_jax.ranking_job import Engine, RankingJob, run_ranking
 from gram_jax.reward_model import define_flags, flag_scorer
 from gram_jax.signals import StopRequest
+from gram_jax.storage import local_output
 
 define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to rank.", required=True)
@@ -73,21 +74,22 @@ _REFERENCE_INDEX = flags.DEFINE_integer(
 
 
 def main(_: list[str]) -> None:
-    job = RankingJob(
-        input=_INPUT.value,
-        output=_OUTPUT.value,
-        method=_METHOD.value or "",
-        reference_index=_REFERENCE_INDEX.value,
-        stall_seconds=flags.FLAGS.stall_seconds,
-    )
-    with StopRequest("stopped by SIGTERM; the same command goes on after what is written"):
+    stop = StopRequest("stopped by SIGTERM; the same command goes on after what is written")
+    with local_output(_OUTPUT.value, writes=is_main()) as output, stop:
+        job = RankingJob(
+            input=_INPUT.value,
+            output=output,
+            method=_METHOD.value or "",
+            reference_index=_REFERENCE_INDEX.value,
+            stall_seconds=flags.FLAGS.stall_seconds,
+        )
         result = run_ranking(job, _engine)
     if not is_main():
         return
     if result.was_complete:
-        print(f"{job.output} is complete already; nothing was done", file=sys.stderr)
+        print(f"{_OUTPUT.value} is complete already; nothing was done", file=sys.stderr)
     print(result.summary.text())
-    print(f"written to {job.output}", file=sys.stderr)
+    print(f"written to {_OUTPUT.value}", file=sys.stderr)
 
 
 def _engine() -> Engine:

@@ -3,7 +3,8 @@
   python -m gram_jax.score --checkpoint=CHECKPOINT --input=pairs.jsonl --output=scored.jsonl
 
 CHECKPOINT is a folder of ours (a workdir, or one step of it) or a Hugging Face folder (config.json,
-safetensors, tokenizer.json). Files may end in .gz. A row of the input is one of
+safetensors, tokenizer.json). Files may end in .gz, and be URLs (docs/preparing.md). A row of the
+input is one of
 
   {"prompt": ..., "response": ...}
   {"prompt": ..., "responses": [..., ...]}
@@ -60,6 +61,7 @@ from gram_jax.reward_model import define_flags, flag_mesh, flag_model, flag_sett
 from gram_jax.scoring_by_pieces import by_pieces, own_mesh, run_pieces
 from gram_jax.scoring_job import JobResult, ScoringJob, run_job
 from gram_jax.signals import StopRequest
+from gram_jax.storage import is_url, local_output
 
 define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to score.", required=True)
@@ -76,27 +78,29 @@ def main(_: list[str]) -> None:
             f"--per_token: a {settings.reading} has no log-probs of tokens; leave it out, or add"
             " --reward=likelihood"
         )
-    job = ScoringJob(
-        input=_INPUT.value,
-        output=_OUTPUT.value,
-        reward=settings,
-        per_token=_PER_TOKEN.value,
-        stall_seconds=flags.FLAGS.stall_seconds,
-    )
-    with StopRequest("stopped by SIGTERM; the same command goes on after what is written"):
+    stop = StopRequest("stopped by SIGTERM; the same command goes on after what is written")
+    with local_output(_OUTPUT.value, writes=is_main()) as output, stop:
+        job = ScoringJob(
+            input=_INPUT.value,
+            output=output,
+            reward=settings,
+            per_token=_PER_TOKEN.value,
+            stall_seconds=flags.FLAGS.stall_seconds,
+        )
         result = _run(job)
     if not is_main():
         return
     if result.was_complete:
-        print(f"{job.output} is complete already; nothing was done", file=sys.stderr)
+        print(f"{_OUTPUT.value} is complete already; nothing was done", file=sys.stderr)
     print(result.summary.text())
-    print(f"written to {job.output}", file=sys.stderr)
+    print(f"written to {_OUTPUT.value}", file=sys.stderr)
 
 
 def _run(job: ScoringJob) -> JobResult:
     """In pieces, or all processes together."""
     spread = parse_mesh(flags.FLAGS.mesh)
-    if by_pieces(job.output, spread):
+    # Pieces lie beside the output, where every process writes; a store is written once, at the end.
+    if not is_url(_OUTPUT.value) and by_pieces(job.output, spread):
         mesh = own_mesh(spread)
         return run_pieces(job, flag_model(mesh), mesh=mesh)
     mesh = flag_mesh()

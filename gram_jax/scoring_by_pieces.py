@@ -56,14 +56,14 @@ def by_pieces(output: str, mesh: MeshConfig) -> bool:
     Raises:
       UserError: it was begun in pieces, and the mesh spreads the model over processes.
     """
-    parts, devices = mesh.fsdp * mesh.tensor, jax.local_device_count()
-    fits = mesh.fsdp > 0 and mesh.tensor > 0 and devices % parts == 0
+    parts, devices = mesh.fsdp * mesh.tensor * mesh.context, jax.local_device_count()
+    fits = min(mesh.fsdp, mesh.tensor, mesh.context) > 0 and devices % parts == 0
     shards, files = Shards(output), JobFiles(output)
     if shards.exists():
         if not fits and process_count() > 1:
             raise UserError(
                 f"{shards.folder} was begun by processes that each hold the model, and this mesh"
-                f" spreads it over several; choose fsdp x tensor that divides {devices}, or delete"
+                f" spreads it over several; choose fsdp x tensor x context that divides {devices}, or delete"
                 " the folder"
             )
         return True

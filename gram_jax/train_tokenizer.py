@@ -21,6 +21,7 @@ from gram_jax import entry
 from gram_jax.data.sources import read_jsonl
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
+from gram_jax.storage import local_folder
 
 _INPUT = flags.DEFINE_list("input", None, "JSONL files, separated by commas.", required=True)
 _VOCAB_SIZE = flags.DEFINE_integer(
@@ -64,7 +65,7 @@ def train(paths: Sequence[str | Path], vocab_size: int) -> Tokenizer:
 
 
 def main(_: list[str]) -> None:
-    output = Path(_OUTPUT.value)
+    output = local_folder(_OUTPUT.value, "--output")
     if (output / "tokenizer.json").exists():
         raise UserError(f"{output}: has a tokenizer.json already; delete it or choose another")
     tokenizer = train(_INPUT.value, _VOCAB_SIZE.value)

@@ -169,6 +169,8 @@ BREAKING = {
     (DataConfig, 6): {"data__holdout": 1.0},
     (DataConfig, 7): {"data__holdout": 0.1, "data__validation": ("a.jsonl",)},
     (DataConfig, 8): {"data__max_pairs": -1},
+    (DataConfig, 9): {"data__exclude_ngrams": 13},
+    (DataConfig, 10): {"data__near_duplicates": 1.5},
     (ObjectiveConfig, 0): {"objective__label_smoothing": 0.5},
     (ObjectiveConfig, 1): {"objective__beta": 0.0},
     (ObjectiveConfig, 2): {"objective__centring": 0.1},

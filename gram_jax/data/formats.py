@@ -25,9 +25,11 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 from gram_jax.data.json_array import ListLines
 from gram_jax.errors import DataError
+from gram_jax.storage import Place, Remote, located
 
 Record: TypeAlias = dict[str, Any]
-Reader: TypeAlias = Callable[[Path, int], Iterator["Block"]]
+Reader: TypeAlias = Callable[[Any, int], Iterator["Block"]]
+"""What cuts a file (a `Path`; of JSON Lines and Parquet also a `Remote`) into blocks."""
 
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 16
@@ -97,7 +99,7 @@ class TableBlock(Block):
                 row += 1
 
 
-def reader_of(path: Path) -> Reader | None:
+def reader_of(path: Place) -> Reader | None:
     """The reader for a file of this name, or None if its extension is not known."""
     for pattern, reader in _READERS.items():
         if re.search(pattern, path.name, re.IGNORECASE):
@@ -105,7 +107,7 @@ def reader_of(path: Path) -> Reader | None:
     return None
 
 
-def jsonl_blocks(path: str | Path, size: int) -> Iterator[LinesBlock]:
+def jsonl_blocks(path: str | Place, size: int) -> Iterator[LinesBlock]:
     """Cuts a JSON Lines file, plain, `.gz` or `.zst`, at the first line end after `size` bytes.
 
     A byte order mark at the start is dropped, and so are blank lines at the end. A `.json` file may
@@ -130,7 +132,7 @@ def jsonl_blocks(path: str | Path, size: int) -> Iterator[LinesBlock]:
         # What is wrong with the content has no errno.
         if isinstance(error, OSError) and error.errno:
             raise DataError(unreadable(error), file=path) from None
-        packing = _COMPRESSIONS.get(Path(path).suffix.lower(), "file's")
+        packing = _COMPRESSIONS.get(_suffix(path), "file's")
         reason = f"the {packing} data is cut off or damaged ({error}); copy the file again"
         raise DataError(reason, file=path, line=line + 1) from None
     except _LongLineError:
@@ -186,7 +188,7 @@ def array_record_blocks(path: Path, size: int) -> Iterator[RawBlock]:
         raise DataError("the file is empty; it holds no records", file=path)
 
 
-def parquet_blocks(path: Path, size: int) -> Iterator[TableBlock]:
+def parquet_blocks(path: Place, size: int) -> Iterator[TableBlock]:
     """Cuts a Parquet file into blocks of about `size` bytes; see `_table_blocks`.
 
     Raises:
@@ -196,7 +198,8 @@ def parquet_blocks(path: Path, size: int) -> Iterator[TableBlock]:
 
     def batches() -> Iterator[Any]:
         # Buffered: without, each column of a row group would be read into memory whole.
-        with pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20) as file:
+        source = path.open() if isinstance(path, Remote) else path
+        with pq.ParquetFile(source, page_checksum_verification=True, buffer_size=1 << 20) as file:
             for group in range(file.num_row_groups):
                 facts = file.metadata.row_group(group)
                 bytes_per_row = max(facts.total_byte_size, 0) // max(facts.num_rows, 1)
@@ -271,15 +274,32 @@ class _LongLineError(Exception):
     """A line too long to be one record; the file must be of another kind."""
 
 
-def _open_bytes(path: str | Path) -> BinaryIO:
-    packing = _COMPRESSIONS.get(Path(path).suffix.lower())
+def _open_bytes(path: str | Place) -> BinaryIO:
+    packing = _COMPRESSIONS.get(_suffix(path))
+    stream = located(path).open("rb")
     if packing == "gzip":
-        return cast(BinaryIO, gzip.open(path, "rb"))
+        return cast(BinaryIO, _Gunzipped(stream))
     if packing == "zstd":
         import pyarrow as pa
 
-        return cast(BinaryIO, pa.CompressedInputStream(Path(path).open("rb"), "zstd"))
-    return Path(path).open("rb")
+        return cast(BinaryIO, pa.CompressedInputStream(stream, "zstd"))
+    return stream
+
+
+class _Gunzipped(gzip.GzipFile):
+    """Closes the stream that it reads, too."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(mode="rb", fileobj=stream)
+        self._stream = stream
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
+
+def _suffix(path: str | Place) -> str:
+    return Path(str(path)).suffix.lower()
 
 
 def _whole_lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
@@ -358,7 +378,7 @@ def _array_records(path: Path) -> Iterator[bytes]:
         reader.close()
 
 
-def _table_blocks(path: Path, batches: Iterable[Any], size: int) -> Iterator[TableBlock]:
+def _table_blocks(path: Place, batches: Iterable[Any], size: int) -> Iterator[TableBlock]:
     """Cuts batches of rows so that each block holds about `size` bytes in Arrow's layout."""
     import pyarrow as pa
 

@@ -1,7 +1,9 @@
 """Tokenises and packs sources once, into rows on disk (see gram_jax.data.rowset).
 
-Two passes, both spread over all cores and both made of pure functions of their input:
+In passes, spread over all cores and made of pure functions of their input (gram_jax.data.steps):
 
+0. where rows that are nearly the same as earlier ones are left out: a signature of each row, in
+   FOLDER/work/signatures-N, and which rows these are (gram_jax.data.near_duplicates);
 1. chunks: consecutive records are checked and tokenised, each chunk by itself, and kept in
    FOLDER/work/chunk-N sorted by key (a document's, or a prompt's);
 2. shards: the range of keys is cut into equal parts; the records of a part, from all chunks, are
@@ -9,6 +11,7 @@ Two passes, both spread over all cores and both made of pure functions of their 
 
 Chunks and shards are put in place whole, so a preparation that was killed goes on with those it
 has. The rows depend on the sources, the settings and the tokenizer; not on the number of processes.
+An Apache Beam runner makes the same rows (gram_jax.data.pipeline).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from gram_jax.config import DataConfig
 from gram_jax.data import work
 from gram_jax.data.examples import Layout, row_shape
 from gram_jax.data.meter import Meter
-from gram_jax.data.records import Source, open_source
+from gram_jax.data.records import Block, Piece, Source, open_source, pieces_of
 from gram_jax.data.rowset import (
     MANIFEST,
     ROW_FORMAT,
@@ -35,18 +38,19 @@ from gram_jax.data.rowset import (
     read_manifest,
     write_json,
 )
-from gram_jax.data.selection import Selection, prompts_of
+from gram_jax.data.selection import Selection
 from gram_jax.data.shapes import LABELLED, UNLABELLED, detect_format, kind_of
+from gram_jax.data.steps import Recipe, num_shards
 from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.packing import PackCounts
+from gram_jax.storage import Place, Remote, digest_of
 from gram_jax.versions import versions
 
 CHUNK_BYTES = 4 * 2**20
 """Content of a chunk, before it is tokenised: what a worker gets at once, or loses in a kill."""
 _ROWS_PER_SHARD = 4096
-_MOST_SHARDS = 1024
 _BYTES_PER_WORKER = 2 * 2**20  # less is not worth the start of a process
 
 _SETTINGS = (
@@ -54,6 +58,19 @@ _SETTINGS = (
     "too_long", "add_eos",
 )  # fmt: skip
 """Fields of DataConfig that decide rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """Rows are made by an Apache Beam runner.
+
+    Attributes:
+      runner: its name, as Beam knows it.
+      options: further pipeline options, as on a command line.
+    """
+
+    runner: str
+    options: tuple[str, ...] = ()
 
 
 def prepared_rows(
@@ -67,7 +84,26 @@ def prepared_rows(
     meter: Meter,
     use: str = "train",
 ) -> RowSet:
-    """The rows of a source: those in ``folder`` if they are its rows, else they are made there.
+    """The rows of a source, opened; see `prepare_rows`."""
+    prepare_rows(
+        spec, config, tokenizer, folder, layout=layout, replace=replace, meter=meter, use=use
+    )
+    return RowSet(folder)
+
+
+def prepare_rows(
+    spec: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Place,
+    *,
+    layout: Layout,
+    replace: bool,
+    meter: Meter,
+    use: str = "train",
+    beam: Beam | None = None,
+) -> Manifest:
+    """Makes the rows of a source in ``folder``, unless its rows are there; returns what they are.
 
     Args:
       spec: a source, as in ``config.train``; several joined by commas are one.
@@ -76,6 +112,7 @@ def prepared_rows(
       meter: shows progress.
       use: "train"; "validation"; or "held_out", for the prompts of a training source that are held
         out for validation.
+      beam: what makes the rows; None for the processes of this machine.
 
     Raises:
       UserError: the source, or a row of it, cannot be used, or ``folder`` holds other rows.
@@ -91,11 +128,13 @@ def prepared_rows(
     if found:
         meter.say(f"{folder}: preparing again: {'; '.join(found)}")
         (folder / MANIFEST).unlink()
-    if manifest is None or found:
-        with work.locked(folder, meter.say):
-            if read_manifest(folder) is None:  # another process may have been quicker
-                _prepare(asked, folder, meter)
-    return RowSet(folder)
+    if manifest is not None and not found:
+        return manifest
+    if isinstance(folder, Remote):
+        return _prepare(asked, folder, meter, beam)
+    with work.locked(folder, meter.say):
+        # Another process may have been quicker.
+        return read_manifest(folder) or _prepare(asked, folder, meter, beam)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +167,8 @@ def _differences(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
         if key["settings"][name] != getattr(config, name)
     ]
     found += [
-        f"{'' if name == 'use' else 'config.data.'}{name} was {key['selection'][name]!r} and is"
-        f" {value!r}"
-        for name, value in asked.selection.key().items()
-        if key["selection"][name] != value
+        f"{'' if name == 'use' else 'config.data.'}{name} was {before!r} and is {now!r}"
+        for name, before, now in _selection_changes(key["selection"], asked.selection.key())
     ]
     if key["tokenizer"] != asked.tokenizer.fingerprint():
         found.append("the tokenizer is another")
@@ -144,6 +181,16 @@ def _differences(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
     return (
         found + _source_changes(manifest, asked, meter) + _exclude_changes(manifest, asked, meter)
     )
+
+
+def _selection_changes(
+    before: dict[str, Any], now: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value before, value now) of what differs; what is absent is 0."""
+    for name in {**now, **before}:
+        old, new = before.get(name, 0), now.get(name, 0)
+        if old != new:
+            yield name, old, new
 
 
 def _source_changes(manifest: Manifest, asked: _Asked, meter: Meter) -> list[str]:
@@ -181,18 +228,17 @@ def _identity(sources: Sequence[Source]) -> list[dict[str, Any]]:
     for source in sources:
         digests = []
         for path in source.files():
-            with path.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+            digests.append(digest_of(path))
         found.append({"sha256": digests, "identity": source.identity()})
     return found
 
 
-def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
+def _prepare(asked: _Asked, folder: Place, meter: Meter, beam: Beam | None) -> Manifest:
     """Makes rows in ``folder``, going on with what an earlier try has left."""
     began, config, sources = time.monotonic(), asked.config, asked.sources()
     seen = [_seen(source) for source in sources]
     key = {
-        "sources": _identity(sources),
+        "sources": [],
         "format": _format(sources, config, asked.layout),
         "layout": asked.layout.key(),
         "selection": asked.selection.key(),
@@ -201,21 +247,23 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
         "tokenizer": asked.tokenizer.fingerprint(),
         "row_format": ROW_FORMAT,
     }
-    shape = row_shape(config, asked.layout)
-    selection = dataclasses.replace(asked.selection, excluded=prompts_of(asked.excluded()))
-    plan = work.Plan(folder / "work", config, asked.layout, str(key["format"]), shape, selection)
-    # What was left out of a chunk depends on this, too.
-    work.begin(plan, {**key, "on_bad_row": config.on_bad_row}, asked.tokenizer)
-    size = sum(file["size"] for source in seen for file in source["files"])
-    with work.Workers(config.workers, size // _BYTES_PER_WORKER, plan) as workers:
-        read, tokens = _make_chunks(sources, workers, meter, asked.spec)
-        last = None
-        if selection.max_pairs:
-            draws = work.all_draws(plan)
-            last = selection.last_drawn(draws, asked.spec)
-            tokens = int(tokens * float((draws <= last).mean()))
-        shards = min(max(tokens // (config.row_length * _ROWS_PER_SHARD), 1), _MOST_SHARDS)
-        parts = _make_shards(shards, last, workers, meter, asked.spec)
+    recipe = Recipe(
+        config,
+        asked.layout,
+        str(key["format"]),
+        row_shape(config, asked.layout),
+        asked.selection.excluding(asked.excluded()),
+    )
+    if beam is not None:
+        key["sources"], made = _make_by_beam(asked, recipe, sources, folder, meter, beam)
+    elif isinstance(folder, Path):
+        key["sources"] = _identity(sources)
+        size = sum(file["size"] for source in seen for file in source["files"])
+        made = _make(asked, recipe, sources, folder, meter, key, size)
+    else:
+        reason = "rows are made in a local or mounted folder; in a URL with --runner only"
+        raise DataError(reason, file=folder)
+    read, parts = made
     for part in parts:
         read.add(ExampleCounts(**part["read"]))
     packed = {
@@ -226,13 +274,13 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
         purpose = "train" if asked.selection.use == "train" else "validate"
         raise DataError(f"nothing to {purpose} on: {read.text()}", file=asked.spec)
     if read.bad_rows:
-        path = work.gather_quarantine(plan, folder)
+        path = folder / work.QUARANTINE
         meter.say(f"{read.bad_rows:,} bad rows were left out; {path} names them")
     manifest = Manifest(
         id=hashlib.sha256(json.dumps([key, read.bad_rows], sort_keys=True).encode()).hexdigest(),
         key=key,
         sources=seen,
-        shape=dataclasses.asdict(shape),
+        shape=dataclasses.asdict(recipe.shape),
         reference=bool(config.reference_field),
         shards=[{k: part[k] for k in ("file", "rows", "bytes")} for part in parts],
         read=dataclasses.asdict(read),
@@ -243,11 +291,73 @@ def _prepare(asked: _Asked, folder: Path, meter: Meter) -> None:
         versions=versions(),
     )
     write_json(folder / MANIFEST, dataclasses.asdict(manifest))
-    shutil.rmtree(plan.folder)
+    if isinstance(folder, Path):
+        shutil.rmtree(folder / work.FOLDER)
     meter.say(
         f"{asked.spec}: {packed['rows']:,} rows of {config.row_length} tokens in {len(parts)}"
         f" shards, padding {manifest.padding:.2%}, {manifest.seconds:.1f} s; {read.text()}"
     )
+    return manifest
+
+
+def _make(
+    asked: _Asked,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    folder: Path,
+    meter: Meter,
+    key: dict[str, Any],
+    size: int,
+) -> tuple[ExampleCounts, list[dict[str, Any]]]:
+    """Makes rows with the processes of this machine; returns what was read, and of each shard."""
+    config, selection = asked.config, recipe.selection
+    fields = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    plan = work.Plan(**fields, folder=folder / work.FOLDER)
+    # What was left out of a chunk depends on this, too.
+    work.begin(plan, {**key, "on_bad_row": config.on_bad_row}, asked.tokenizer)
+    pieces = pieces_of(sources)
+    with work.Workers(config.workers, size // _BYTES_PER_WORKER, plan) as workers:
+        repeated: dict[int, frozenset[int]] = {}
+        if selection.near_duplicates:
+            _make_signatures(pieces, workers, meter, asked.spec)
+            repeated = work.repeated_rows(plan)
+        read, tokens = _make_chunks(pieces, repeated, workers, meter, asked.spec)
+        last = None
+        if selection.max_pairs:
+            draws = work.all_draws(plan)
+            last = selection.last_drawn(draws, asked.spec)
+            tokens = selection.drawn_tokens(tokens, draws, last)
+        shards = num_shards(tokens, recipe, _ROWS_PER_SHARD)
+        parts = _make_shards(shards, last, workers, meter, asked.spec)
+    if read.bad_rows:
+        work.gather_quarantine(plan, folder)
+    return read, parts
+
+
+def _make_by_beam(
+    asked: _Asked,
+    recipe: Recipe,
+    sources: Sequence[Source],
+    folder: Place,
+    meter: Meter,
+    beam: Beam,
+) -> tuple[list[dict[str, Any]], tuple[ExampleCounts, list[dict[str, Any]]]]:
+    """Makes rows by a Beam runner; returns the sources' identity, and what `_make` returns."""
+    try:
+        from gram_jax.data import pipeline
+    except ImportError as error:
+        raise UserError(
+            f"--runner={beam.runner} needs Apache Beam ({error}), in an environment of its own:"
+            " pip install -c constraints-beam.txt -e '.[beam]' (docs/preparing.md)"
+        ) from None
+    for source in sources:
+        if source.content is not None:  # other machines have other packages
+            reason = "is read from what is installed here; with --runner write it to a file first"
+            raise DataError(reason, file=source.spec)
+    meter.say(f"{asked.spec}: {beam.runner} makes its rows in {folder}")
+    job = pipeline.Job(recipe, asked.tokenizer, folder, asked.spec, CHUNK_BYTES, _ROWS_PER_SHARD)
+    made = pipeline.run(job, sources, [f"--runner={beam.runner}", *beam.options])
+    return made.identity, (made.read, made.parts)
 
 
 def _format(sources: Sequence[Source], config: DataConfig, layout: Layout) -> str:
@@ -295,24 +405,40 @@ def _seen(source: Source) -> dict[str, Any]:
     return {"spec": source.spec, "files": files}
 
 
+def _blocks(pieces: Sequence[Piece]) -> Iterator[tuple[int, Block, str]]:
+    """Number of the chunk, content, and name of the file among all files."""
+    chunk = 0
+    for piece in pieces:
+        for block in piece.blocks(CHUNK_BYTES):
+            yield chunk, block, str(piece.document)
+            chunk += 1
+
+
+def _make_signatures(
+    pieces: Sequence[Piece], workers: work.Workers, meter: Meter, spec: str
+) -> None:
+    with meter.phase(f"comparing {spec}", "rows") as bar:
+        tasks = ((chunk, block) for chunk, block, _ in _blocks(pieces))
+        for rows in workers.map(work.sign_chunk, tasks):
+            bar.add(rows, tokens=0)
+
+
 def _make_chunks(
-    sources: Sequence[Source], workers: work.Workers, meter: Meter, spec: str
+    pieces: Sequence[Piece],
+    repeated: Mapping[int, frozenset[int]],
+    workers: work.Workers,
+    meter: Meter,
+    spec: str,
 ) -> tuple[ExampleCounts, int]:
     """Tokenises what is not tokenised yet; returns counts, and tokens of all records."""
-
-    def tasks() -> Iterator[tuple[Any, ...]]:
-        chunk, document, file = 0, -1, None
-        for source in sources:
-            for block in source.blocks(CHUNK_BYTES):
-                if (source, block.file) != file:
-                    document, file = document + 1, (source, block.file)
-                yield chunk, block, str(document)
-                chunk += 1
-
     read, tokens = ExampleCounts(), 0
+    tasks = (
+        (chunk, block, document, repeated.get(chunk, frozenset()))
+        for chunk, block, document in _blocks(pieces)
+    )
     with meter.phase(f"tokenising {spec}", "rows") as bar:
         # In order, so that of several bad rows the first is named.
-        for counts in workers.map(work.make_chunk, tasks()):
+        for counts in workers.map(work.make_chunk, tasks):
             part = ExampleCounts(**counts["read"])
             read.add(part)
             tokens += counts["tokens"]

@@ -7,6 +7,8 @@ A source is named by
                  Face datasets; or written by TFDS with file_format='array_record'
   FOLDER:SPLIT   one split of a folder with splits (a DatasetDict, or TFDS)
   a pattern      of files, with *, ? or [...], and ** for folders at any depth
+  a URL          of a file, a folder or a pattern in an object store (gs://, s3://, ...):
+                 JSON Lines and Parquet; see `gram_jax.storage`
   builtin:NAME   what every installation has; see `BUILTIN`
 
 Every record is a JSON-like object, whatever the format. `gram_jax.data.sources` makes rows of them.
@@ -20,7 +22,7 @@ import glob
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,16 +35,32 @@ from gram_jax.data.formats import (
     array_record_blocks,
     arrow_blocks,
     brief,
+    jsonl_blocks,
     line_blocks,
+    parquet_blocks,
     printable,
     reader_of,
     unreadable,
 )
 from gram_jax.errors import DataError
+from gram_jax.storage import Place, Remote, is_url
 
-__all__ = ["BUILTIN", "Block", "Record", "Source", "TfdsBlock", "open_source"]
+__all__ = ["BUILTIN", "Block", "Piece", "Record", "Source", "TfdsBlock", "open_source"]
 
 _EXTENSIONS = ".jsonl (plain, .gz or .zst), .parquet, .arrow or .array_record"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What is read from its start to its end by one process: a file; can be pickled.
+
+    Attributes:
+      document: number of the file among all files; one given twice, one after the other, has one.
+      blocks: cuts it into blocks of about so many bytes; see `Source.blocks`.
+    """
+
+    document: int
+    blocks: Callable[[int], Iterator[Block]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +75,11 @@ class Source:
     """
 
     spec: str
-    parts: tuple[tuple[Path, Reader], ...] = ()
+    parts: tuple[tuple[Place, Reader], ...] = ()
     metadata: tuple[Path, ...] = ()
     content: Callable[[], bytes] | None = None
 
-    def files(self) -> tuple[Path, ...]:
+    def files(self) -> tuple[Place, ...]:
         """The files whose content is the source's content; none for a built-in source."""
         return *self.metadata, *(path for path, _ in self.parts)
 
@@ -78,10 +96,27 @@ class Source:
           DataError: a file is missing, unreadable, empty, damaged or cut off; the records before
             the damage are yielded first.
         """
+        for read in self.readers():
+            yield from read(size)
+
+    def readers(self) -> tuple[Callable[[int], Iterator[Block]], ...]:
+        """What reads each data file; of a source without files, its content."""
         if self.content is not None:
-            yield from line_blocks(self.spec, io.BytesIO(self.content()), size)
-        for path, reader in self.parts:
-            yield from reader(path, size)
+            return (functools.partial(_content_blocks, self.spec, self.content),)
+        return tuple(functools.partial(reader, path) for path, reader in self.parts)
+
+
+def pieces_of(sources: Sequence[Source]) -> list[Piece]:
+    """The pieces of sources, in order."""
+    pieces: list[Piece] = []
+    document, before = -1, None
+    for source in sources:
+        names = [str(path) for path, _ in source.parts] or [source.spec]
+        for name, read in zip(names, source.readers(), strict=True):
+            if (source, name) != before:
+                document, before = document + 1, (source, name)
+            pieces.append(Piece(document, read))
+    return pieces
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,8 +149,8 @@ def open_source(spec: str) -> Source:
         if name not in BUILTIN:
             raise DataError(f"no such built-in source; there is {', '.join(BUILTIN)}", file=spec)
         return Source(spec, content=BUILTIN[name])
-    if "://" in spec:
-        raise DataError("only local files are read; copy or mount the data", file=spec)
+    if is_url(spec):
+        return _remote(spec, Remote(spec))
     try:
         return _find(spec)
     except OSError as error:
@@ -150,6 +185,10 @@ def _docstring_lines() -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
+def _content_blocks(spec: str, content: Callable[[], bytes], size: int) -> Iterator[Block]:
+    return line_blocks(spec, io.BytesIO(content()), size)
+
+
 def _find(spec: str) -> Source:
     path = Path(spec)
     if path.is_dir():
@@ -169,7 +208,26 @@ def _find(spec: str) -> Source:
     return Source(spec, tuple(map(_part, files)))
 
 
-def _part(path: Path) -> tuple[Path, Reader]:
+def _remote(spec: str, place: Remote) -> Source:
+    """A file, a folder or a pattern of files in an object store."""
+    if any(character in spec for character in "*?[") or place.is_dir():
+        files = [file for file in place.files() if not _is_hidden(file)]
+        if not files:
+            raise DataError("no file is there, or fits the pattern", file=spec)
+        return Source(spec, tuple(map(_remote_part, files)))
+    place.stat()  # says what is wrong if it is not there
+    return Source(spec, (_remote_part(place),))
+
+
+def _remote_part(place: Remote) -> tuple[Place, Reader]:
+    reader = reader_of(place)
+    if reader not in (jsonl_blocks, parquet_blocks):
+        reason = "of a URL, .jsonl (plain, .gz or .zst) and .parquet are read; copy or mount others"
+        raise DataError(reason, file=place)
+    return place, reader
+
+
+def _part(path: Path) -> tuple[Place, Reader]:
     reader = reader_of(path)
     if reader is None:
         reason = f"unknown kind of file; name it {_EXTENSIONS}, or leave it out with a pattern"
@@ -179,7 +237,7 @@ def _part(path: Path) -> tuple[Path, Reader]:
     return path, reader
 
 
-def _is_hidden(path: Path) -> bool:
+def _is_hidden(path: Place) -> bool:
     """Such as .DS_Store, and the _SUCCESS that Spark leaves beside its files."""
     return path.name.startswith((".", "_"))
 

@@ -12,6 +12,7 @@ the types of :func:`row_dtype`. The manifest is written last: without it the fol
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 
 from gram_jax.errors import DataError, UserError
 from gram_jax.rows import Batch, PackedRow, RowShape, empty_row
+from gram_jax.storage import Place, Remote
 
 MANIFEST = "manifest.json"
 ROW_FORMAT = 4
@@ -114,8 +116,11 @@ def write_shard(
     return dict(counts)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Place, values: Any) -> None:
     """Replaces a JSON file in one step."""
+    if isinstance(path, Remote):
+        path.write(io.BytesIO(json.dumps(values, indent=1).encode()))
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as stream:
         json.dump(values, stream, indent=1)
@@ -124,7 +129,7 @@ def write_json(path: Path, values: Any) -> None:
     temporary.replace(path)
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Place) -> Manifest | None:
     """The manifest of a folder, or None where there is none.
 
     Raises:
@@ -132,7 +137,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        if isinstance(path, Remote) and not path.exists():
+            return None
+        with path.open("rb") as stream:
+            return Manifest(**json.loads(stream.read()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

@@ -12,12 +12,13 @@ from gram_jax.data.examples import Layout
 from gram_jax.data.judge import JudgeTemplate
 from gram_jax.data.loader import RowOrder
 from gram_jax.data.meter import Meter
-from gram_jax.data.prepare import prepared_rows
-from gram_jax.data.rowset import Rows, RowSet
+from gram_jax.data.prepare import Beam, prepare_rows
+from gram_jax.data.rowset import Manifest, Rows, RowSet
 from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
+from gram_jax.storage import Place, local_folder
 
 
 @dataclasses.dataclass
@@ -57,20 +58,21 @@ class StageData:
 
     def text(self) -> list[str]:
         """Lines for a log: a line for each source."""
-        lines = []
-        for name, rows in (("train", self.train), ("validation", self.validation)):
-            for one in rows.sets if rows else ():
-                m = one.manifest
-                what = ", ".join(source["spec"] for source in m.sources)
-                counts = ExampleCounts(**m.read).text()
-                spilled = m.packed["spilled"], m.packed["repeated_tokens"]
-                lines.append(
-                    f"{name} {what}: {counts}; packed into {m.rows:,} rows of"
-                    f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs"
-                    f" {m.packed['pairs']:,}, spilled {spilled[0]:,}, repeated tokens"
-                    f" {spilled[1]:,}"
-                )
-        return lines
+        return [
+            rows_text(name, one.manifest)
+            for name, rows in (("train", self.train), ("validation", self.validation))
+            for one in (rows.sets if rows else ())
+        ]
+
+
+def rows_text(name: str, m: Manifest) -> str:
+    """A line for a log: what was read and packed for the folder of rows ``name``."""
+    what = ", ".join(source["spec"] for source in m.sources)
+    return (
+        f"{name} {what}: {ExampleCounts(**m.read).text()}; packed into {m.rows:,} rows of"
+        f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs {m.packed['pairs']:,},"
+        f" spilled {m.packed['spilled']:,}, repeated tokens {m.packed['repeated_tokens']:,}"
+    )
 
 
 def stage_data(
@@ -86,14 +88,62 @@ def stage_data(
     Raises:
       UserError: a source cannot be used, or ``folder`` holds other rows.
     """
-    data = config.data
+    names = list(_sources(config))
+
+    def prepare() -> None:
+        _prepare(config, tokenizer, folder, None, replace=replace, quiet=quiet)
+
+    main_first(prepare)
+    opened = {name: RowSet(folder / name) for name in names}
+    train = Rows([rows for name, rows in opened.items() if name.startswith("train/")])
+    validation = [rows for name, rows in opened.items() if name.startswith("validation/")]
+    order = RowOrder(train.sizes, config.seed, config.data.weights)
+    return StageData(train, Rows(validation) if validation else None, order, stage_layout(config))
+
+
+def prepare_stage(
+    config: Config, tokenizer: Tokenizer, folder: Place, beam: Beam | None = None
+) -> dict[str, Manifest]:
+    """Makes the rows of a stage in ``folder``, unless they are there; by name what they are.
+
+    Args:
+      beam: what makes the rows; None for the processes of this machine.
+
+    Raises:
+      UserError: a source cannot be used, or ``folder`` holds other rows.
+    """
+    return _prepare(config, tokenizer, folder, beam, replace=False, quiet=False)
+
+
+def _prepare(
+    config: Config,
+    tokenizer: Tokenizer,
+    folder: Place,
+    beam: Beam | None,
+    *,
+    replace: bool,
+    quiet: bool,
+) -> dict[str, Manifest]:
+    meter = Meter(quiet=quiet or not is_main())
     layout = stage_layout(config)
+    return {
+        name: prepare_rows(
+            spec, config.data, tokenizer, folder / name,
+            layout=layout, replace=replace, meter=meter, use=use, beam=beam,
+        )
+        for name, (spec, use) in _sources(config).items()
+    }  # fmt: skip
+
+
+def _sources(config: Config) -> dict[str, tuple[str, str]]:
+    """By the name of a folder of rows, the source and what it is used for."""
+    data = config.data
     if not data.train:
         raise UserError(
             "config.data.train is empty; name a source, as in --config.data.train=FILE.jsonl"
         )
     held_out = data.train if data.holdout else ()
-    sources = {
+    return {
         f"{name}/{number}": (spec, use)
         for name, use, specs in (
             ("train", "train", data.train),
@@ -102,21 +152,6 @@ def stage_data(
         )
         for number, spec in enumerate(specs)
     }
-
-    def prepare() -> None:
-        meter = Meter(quiet=quiet or not is_main())
-        for name, (spec, use) in sources.items():
-            prepared_rows(
-                spec, data, tokenizer, folder / name,
-                layout=layout, replace=replace, meter=meter, use=use,
-            )  # fmt: skip
-
-    main_first(prepare)
-    opened = {name: RowSet(folder / name) for name in sources}
-    train = Rows([rows for name, rows in opened.items() if name.startswith("train/")])
-    validation = [rows for name, rows in opened.items() if name.startswith("validation/")]
-    order = RowOrder(train.sizes, config.seed, data.weights)
-    return StageData(train, Rows(validation) if validation else None, order, layout)
 
 
 def stage_layout(config: Config) -> Layout:
@@ -145,4 +180,6 @@ def num_steps(train: TrainConfig, per_row: Mapping[str, float]) -> int:
 
 def data_folder(config: Config, workdir: str | Path) -> Path:
     """Where the prepared rows of a run lie."""
-    return Path(config.data.prepared) if config.data.prepared else Path(workdir) / "data"
+    if config.data.prepared:
+        return local_folder(config.data.prepared, "config.data.prepared")
+    return Path(workdir) / "data"

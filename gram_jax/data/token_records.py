@@ -28,6 +28,8 @@ class ExampleCounts:
     ties: int = 0  # pairs in the data of which neither side is better
     other_part: int = 0  # rows whose prompt is for validation; or for training, in validation
     overlapping_rows: int = 0  # rows whose prompt is in `exclude`; left out or not, as asked
+    overlapping_texts: int = 0  # other rows with as many words in a row as a text of `exclude`
+    near_duplicates: int = 0  # rows left out as nearly the same as an earlier one
     undrawn_pairs: int = 0  # pairs left out of the draw of max_pairs
     unpaired_left_out: int = 0  # prompts whose labelled responses are all good, or all bad
 

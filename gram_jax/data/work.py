@@ -18,7 +18,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,35 +28,35 @@ from typing import Any, Self, cast
 import numpy as np
 import numpy.typing as npt
 
-from gram_jax.config import DataConfig
-from gram_jax.data.examples import Layout, encode_rows, group_records
+from gram_jax.data.near_duplicates import repeated_among
 from gram_jax.data.records import Block
-from gram_jax.data.rowset import write_json, write_shard
-from gram_jax.data.selection import Selection, drawn
-from gram_jax.data.shapes import parse_row
-from gram_jax.data.sources import Row
-from gram_jax.data.token_records import ExampleCounts, TokenRecord
+from gram_jax.data.rowset import write_json
+from gram_jax.data.steps import (
+    Recipe,
+    encode_block,
+    quarantined,
+    shard_name,
+    sign_block,
+    write_records,
+)
+from gram_jax.data.token_records import TokenRecord
 from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.errors import DataError, UserError
-from gram_jax.packing import PackCounts, pack
+from gram_jax.errors import UserError
 from gram_jax.pair import Pair
-from gram_jax.rows import RowShape
-from gram_jax.text_packing import pack_texts
 
 QUARANTINE = "quarantine.jsonl"
-_ROWS_AT_ONCE = 256  # tokenised in one call
+FOLDER = "work"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be made, and where the work lies; sent to the workers."""
+class Plan(Recipe):
+    """What is to be made, and where the work lies; sent to the workers.
+
+    Attributes:
+      folder: FOLDER/work.
+    """
 
     folder: Path
-    config: DataConfig
-    layout: Layout
-    format: str
-    shape: RowShape
-    selection: Selection
 
     def chunk(self, number: int) -> Path:
         return self.folder / f"chunk-{number:06}"
@@ -99,8 +99,42 @@ def begin(plan: Plan, key: dict[str, Any], tokenizer: Tokenizer) -> None:
     write_json(path, key)
 
 
+def sign_chunk(plan: Plan, _: Tokenizer, number: int, block: Block) -> int:
+    """Keeps the signatures of a chunk's rows, unless they are there; returns how many rows."""
+    path = plan.folder / f"signatures-{number:06}.npz"
+    if not path.is_file():
+        lines, signatures = sign_block(plan, block)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
+        np.savez(temporary, lines=lines, signatures=signatures)
+        temporary.replace(path)
+        return len(lines)
+    with np.load(path) as kept:
+        return len(kept["lines"])
+
+
+def repeated_rows(plan: Plan) -> dict[int, frozenset[int]]:
+    """By chunk, the lines of the rows that are left out as nearly the same as an earlier one."""
+    paths = sorted(plan.folder.glob("signatures-??????.npz"))
+    kept = [np.load(path) for path in paths]
+    if not kept:
+        return {}
+    lines = np.concatenate([found["lines"] for found in kept])
+    chunks = np.repeat(np.arange(len(kept)), [len(found["lines"]) for found in kept])
+    signatures = np.concatenate([found["signatures"] for found in kept])
+    places = np.flatnonzero(repeated_among(signatures, plan.selection.near_duplicates))
+    by_chunk: dict[int, list[int]] = {}
+    for chunk, line in zip(chunks[places].tolist(), lines[places].tolist(), strict=True):
+        by_chunk.setdefault(chunk, []).append(line)
+    return {chunk: frozenset(found) for chunk, found in by_chunk.items()}
+
+
 def make_chunk(
-    plan: Plan, tokenizer: Tokenizer, number: int, block: Block, document: str
+    plan: Plan,
+    tokenizer: Tokenizer,
+    number: int,
+    block: Block,
+    document: str,
+    repeated: Collection[int],
 ) -> dict[str, Any]:
     """Tokenises a block into a chunk, unless that is there; returns what it counts.
 
@@ -110,77 +144,18 @@ def make_chunk(
     folder = plan.chunk(number)
     if folder.is_dir():
         return cast(dict[str, Any], json.loads((folder / "counts.json").read_text("utf-8")))
-    read, bad = ExampleCounts(), cast(list[DataError], [])
-    records: list[TokenRecord] = []
-    for found in _encoded(plan, tokenizer, block, document, read):
-        if isinstance(found, DataError):
-            if plan.config.on_bad_row == "stop":
-                raise found
-            bad.append(found)
-        else:
-            records += found
-    read.bad_rows = len(bad)
-    records.sort(key=lambda record: record.key)  # stable: those of one key keep their order
-    counts = {
-        "read": dataclasses.asdict(read),
-        "tokens": sum(len(r.prompt) + sum(map(len, r.responses)) for r in records),
-    }
+    found = encode_block(plan, tokenizer, block, document, repeated)
+    if found.bad and plan.config.on_bad_row == "stop":
+        raise found.bad[0]
+    counts = {"read": dataclasses.asdict(found.read), "tokens": found.tokens}
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    _save_records(temporary, records)
-    lines = [
-        json.dumps({"file": e.file, "line": e.line, "field": e.field, "reason": e.reason}) + "\n"
-        for e in bad
-    ]
-    (temporary / QUARANTINE).write_text("".join(lines), encoding="utf-8")
+    _save_records(temporary, found.records)
+    (temporary / QUARANTINE).write_text("".join(map(quarantined, found.bad)), encoding="utf-8")
     write_json(temporary / "counts.json", counts)
     temporary.replace(folder)
     return counts
-
-
-def _encoded(
-    plan: Plan, tokenizer: Tokenizer, block: Block, document: str, counts: ExampleCounts
-) -> Iterator[list[TokenRecord] | DataError]:
-    """For each record of a block, in order: its token records, or what is wrong with it."""
-    waiting: list[Row] = []
-
-    def encode() -> Iterator[list[TokenRecord] | DataError]:
-        encoded = encode_rows(
-            waiting,
-            plan.config,
-            plan.layout,
-            tokenizer,
-            counts,
-            file=block.file,
-            document=document,
-        )
-        for row, found in zip(waiting, encoded, strict=True):
-            if not isinstance(found, DataError):
-                plan.selection.mark(found, f"{document}:{row.line}")
-            yield found
-        waiting.clear()
-
-    for line, record in block.records():
-        counts.rows += 1
-        try:
-            if isinstance(record, DataError):
-                raise record
-            row = parse_row(
-                record,
-                plan.format,
-                file=block.file,
-                line=line,
-                reference_field=plan.config.reference_field,
-            )
-            if plan.selection.uses(row, counts):
-                waiting.append(row)
-        except DataError as error:
-            yield from encode()
-            yield error
-        if len(waiting) >= _ROWS_AT_ONCE:
-            yield from encode()
-    yield from encode()
 
 
 def _save_records(folder: Path, records: Sequence[TokenRecord]) -> None:
@@ -256,29 +231,17 @@ def make_shard(
 
     ``last`` is the highest number in the draw of pairs that is drawn; None if all pairs are used.
     """
-    name = f"rows-{number:05}-of-{shards:05}"
+    name = shard_name(number, shards)
     described = plan.folder / f"{name}.json"
     if described.is_file():
         return cast(dict[str, Any], json.loads(described.read_text("utf-8")))
     low, high = (-(-n * 2**64 // shards) for n in (number, number + 1))
-    read, packed = ExampleCounts(), PackCounts()
     records = (
         record
         for chunk in sorted(plan.folder.glob("chunk-??????"))
-        for found in _load_records(chunk, low, high)
-        if (record := found if last is None else drawn(found, last, read))
+        for record in _load_records(chunk, low, high)
     )
-    packer = pack_texts if plan.format == "text" else pack
-    rows = packer(group_records(records, plan.format, read), plan.shape, counts=packed)
-    file = f"{name}.array_record"
-    reference = bool(plan.config.reference_field) and plan.layout.pairs
-    counts = write_shard(plan.folder.parent / file, rows, plan.shape, reference=reference)
-    found = {
-        "file": file,
-        **counts,
-        "read": dataclasses.asdict(read),
-        "packed": dataclasses.asdict(packed),
-    }
+    found = write_records(plan, records, last, plan.folder.parent / name)
     write_json(described, found)
     return found
 

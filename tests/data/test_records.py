@@ -336,7 +336,7 @@ def test_a_parquet_page_that_does_not_match_its_checksum_is_refused(tmp_path):
         ("a.jsonl/b.jsonl", "no such file"),
         ("pipe.jsonl", "not a regular file"),
         ("builtin:none", "there is docstrings"),
-        ("gs://bucket/a.jsonl", "only local files"),
+        ("gs://bucket/a.jsonl", "is read by another package: Please install gcsfs"),
         ("", "name of a source is empty"),
         ("x" * 5000, "cannot be read"),
     ],

@@ -63,8 +63,8 @@ def by_pieces(output: str, mesh: MeshConfig) -> bool:
         if not fits and process_count() > 1:
             raise UserError(
                 f"{shards.folder} was begun by processes that each hold the model, and this mesh"
-                f" spreads it over several; choose fsdp x tensor x context that divides {devices}, or delete"
-                " the folder"
+                " spreads it over several; choose fsdp x tensor x context that divides"
+                f" {devices}, or delete the folder"
             )
         return True
     begun = main_first(lambda: files.state_path.exists() or files.output.exists())

@@ -16,28 +16,18 @@ from gram_jax.models.adapters import Adapters, attach
 from gram_jax.models.decoder import weight_dims
 from gram_jax.objectives import objective
 from gram_jax.packing import pack
-from gram_jax.pair import Pair
 from gram_jax.readouts import Readout
-from gram_jax.rows import Example, RowShape, stack_rows
+from gram_jax.rows import RowShape, stack_rows
 from gram_jax.scorer import RewardSettings
 from gram_jax.stripes import at_places, places, striped
 from gram_jax.text_packing import pack_texts
 
 B, T, S = 2, 64, 8
-# M = 41 and S = 9 are no whole number of parts.
+# M = 41 is no whole number of parts.
 SHAPES = {
     "next_token": RowShape(T, T),
-    "smoothed_pairwise": RowShape(T, 41, S, 4),
-    "judge_full_vocab": RowShape(T, 0, 9, 9, readouts=True),
-    "bradley_terry": RowShape(T, T, S, 4, readouts=True),
+    "bradley_terry": RowShape(T, 41, S, 4, readouts=True),
 }
-
-
-def judged(examples):
-    """The same sequences, each compared with nothing, as a judge's are."""
-    for e in examples:
-        pairs = tuple(Pair(i, None, target=1.0 - i % 2) for i in range(len(e.responses)))
-        yield Example(e.prompt, e.responses, pairs, key=e.key)
 
 
 @functools.cache
@@ -45,8 +35,7 @@ def rows(name):
     if name == "next_token":
         packed = pack_texts(tiny.text_examples(0, 20), SHAPES[name])
     else:
-        examples = tiny.preferences(0, 8)
-        packed = pack(judged(examples) if name.startswith("judge") else examples, SHAPES[name])
+        packed = pack(tiny.preferences(0, 8), SHAPES[name])
     return stack_rows([row.batch for row, _ in zip(packed, range(B), strict=False)])
 
 
@@ -54,14 +43,13 @@ def rows(name):
 def loss_and_gradients(name, backend, sizes):
     """In float32, of a model with a window in its first layer, on this mesh or without one."""
     mesh = tiny.mesh(*sizes) if sizes else None
-    reading = {"next_token": None, "smoothed_pairwise": "likelihood", "bradley_terry": "head"}
-    reading = reading.get(name, "judge")
-    readout = reading and Readout(reading, SHAPES[name].sequences, (7, 11))
-    config = ObjectiveConfig(name=name, chosen_ce=0.3 if name == "bradley_terry" else 0.0)
+    head = name == "bradley_terry"
+    readout = Readout("head", S) if head else None
+    config = ObjectiveConfig(name=name, chosen_ce=0.3 if head else 0.0)
     compute = ComputeConfig(dtype="float32", unroll=1, attention=backend)
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
         model = tiny.decoder(tiny.config(windows=(7, 0)), compute, mesh)
-        model = attach(model, Adapters(head=reading == "head"), seed=1)
+        model = attach(model, Adapters(head=head), seed=1)
         batch = put(rows(name), mesh) if mesh else rows(name)
         run = jax.value_and_grad(lambda m: objective(m, batch, config, readout), has_aux=True)
         (total, _), gradient = jax.jit(run)(model)
@@ -72,8 +60,6 @@ def loss_and_gradients(name, backend, sizes):
     ("name", "backend", "sizes"),
     [
         ("next_token", "blocks", (1, 1, 1, 8)),
-        ("smoothed_pairwise", "xla", (2, 1, 2, 2)),
-        ("judge_full_vocab", "blocks", (1, 2, 1, 4)),
         ("bradley_terry", "xla", (1, 2, 2, 2)),
     ],
 )

@@ -85,7 +85,7 @@ def trained(name, sizes=ONE, parts=1, compute=tiny.COMPUTE, last_blocks=0, sgd=F
         ("next_token", ONE, 2),
         ("next_token", ONE, 4),
         ("smoothed_pairwise", (8, 1, 1), 1),
-        ("smoothed_pairwise", (2, 2, 2), 1),
+        ("smoothed_pairwise", (2, 1, 2, 2), 1),
         ("smoothed_pairwise", (2, 2, 2), 4),
         ("smoothed_pairwise", ONE, 2),
     ],

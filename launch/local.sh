@@ -126,9 +126,12 @@ while ((${#running[@]})); do
   if [[ -n "$deadline" ]] && ((${#running[@]} && SECONDS >= deadline)); then
     if [[ -z "$stopping" ]]; then
       say "$failed; stopping process ${running[*]}"
+      stopping=1
+      send ABRT # at which Python prints what its threads are doing
+      deadline=$((SECONDS + 2))
+    else
+      send KILL -
     fi
-    stopping=1
-    send KILL -
   fi
   sleep 0.1
 done

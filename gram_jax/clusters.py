@@ -16,6 +16,7 @@ own detector asks the metadata server. `docs/hosts.md` has what to set where.
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -116,8 +117,7 @@ def with_flags(environ: Mapping[str, str], arguments: Sequence[str]) -> dict[str
     """The environment with the variables that the flags --coordinator, --num_processes and
     --process_id stand for: they are needed before the command line can be parsed."""
     found = dict(environ)
-    following = [*arguments[1:], ""]
-    for argument, after in zip(arguments, following, strict=True):
+    for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         if name.startswith("-") and name.lstrip("-") in FLAGS:
             found[FLAGS[name.lstrip("-")]] = value if equals else after

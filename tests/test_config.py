@@ -78,7 +78,7 @@ def test_a_config_survives_json():
             "config.optimizer.learning_rat is not a setting; did you mean"
             " config.optimizer.learning_rate?",
         ),
-        ({"mesh": {"zzz": 1}}, "config.mesh.zzz is not a setting; it has data, fsdp, tensor"),
+        ({"mesh": {"zzz": 1}}, "config.mesh.zzz is not a setting; it has context, data, fsdp"),
         ({"model": 5}, "config.model holds 5; it must be an object"),
         ({"seed": "0"}, "config.seed='0' must be of type int"),
         ({"model": {"windows": [1, "2"]}}, "config.model.windows='2' must be of type int"),

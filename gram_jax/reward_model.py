@@ -107,7 +107,7 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
     flags.DEFINE_integer(
         "row_length",
         0,
-        "Tokens of a row, in which short sequences lie side by side. 0 = 4096 on CPU, else 2048; or"
+        "Tokens of a row, in which short sequences lie side by side. 0 = 8192 on CPU, else 2048; or"
         " max_length if it is more.",
     )
     flags.DEFINE_integer(
@@ -125,7 +125,7 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
         " responses alike, and never the template.",
     )
     flags.DEFINE_integer(
-        "batch_rows", 0, "Rows computed at once. 0 = 4096 tokens on CPU, else 16384 per device."
+        "batch_rows", 0, "Rows computed at once. 0 = 8192 tokens on CPU, else 16384 per device."
     )
     flags.DEFINE_bool("add_eos", None, "The end token is part of a response. By default yes.")
     flags.DEFINE_enum(

@@ -34,12 +34,12 @@ READINGS = ("likelihood", "judge", "head")
 """What a reward can be."""
 
 # Where attention costs only what a row's sequences see of each other, longer rows are fuller ones.
-_ROW_LENGTH = {"cpu": 4096}
+_ROW_LENGTH = {"cpu": 8192}
 _ROW_LENGTH_ACCELERATOR = 2048
 # Tokens of a batch per device: enough to keep it busy, few enough for its memory.
-_BATCH_TOKENS = {"cpu": 4096}
+_BATCH_TOKENS = {"cpu": 8192}
 _BATCH_TOKENS_ACCELERATOR = 16384
-_WINDOW_BATCHES = 256
+_WINDOW_BATCHES = 128
 """Batches of the questions that are packed together; the last one is partly padding."""
 _WINDOW_QUESTIONS = 8192
 

@@ -40,7 +40,7 @@ from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, 
 from gram_jax.watchdog import watched
 
 BLOCKS_IN_FLIGHT = 3
-BLOCK_BATCHES = 256
+BLOCK_BATCHES = 128
 """Batches of a block: what is computed again after a kill, at most, once what was done is on disk.
 What is together in a block shares its prompts, and its last batch is partly padding: shorter blocks
 would cost more than they save."""

@@ -99,9 +99,9 @@ def test_a_place_is_found_in_stripes():
 
 
 def test_rows_that_are_scored_divide_by_the_devices_of_a_row():
-    mesh, model = AbstractMesh((1, 1, 1, 8), AXES), tiny.config(max_position=8192)
+    mesh, model = AbstractMesh((1, 1, 1, 8), AXES), tiny.config(max_position=16384)
     tokenizer = Tokenizer.train(["a b c"], 264)
-    chosen = RewardSettings(max_length=4100).resolved(model, tokenizer, mesh)
-    assert (chosen.row_length, chosen.max_length) == (4112, 4100)
+    chosen = RewardSettings(max_length=8200).resolved(model, tokenizer, mesh)
+    assert (chosen.row_length, chosen.max_length) == (8208, 8200)
     with pytest.raises(UserError, match=r"row_length=2100 does not divide .* 2 x context=16"):
         RewardSettings(row_length=2100).resolved(model, tokenizer, mesh)

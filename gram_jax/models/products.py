@@ -2,7 +2,7 @@
 
 The gradient of a weight is x^T dy. Derived automatically it is (dy^T x)^T, for which XLA on CPU
 makes a transposed copy of dy and fuses what dy came from into that copy, so that this is computed
-twice: a quarter of the time of a feed-forward's backward pass.
+twice.
 """
 
 from __future__ import annotations

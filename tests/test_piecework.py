@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny
-from several_processes import check_same_scores, read, rows_to_score, write
+from several_processes import Interrupted, check_same_scores, read, rows_to_score, write
 
 from gram_jax.config import MeshConfig
 from gram_jax.data.tokenizer import Tokenizer
@@ -41,22 +41,10 @@ def job(tmp_path, name, **settings):
     )
 
 
-class Interrupted(io.StringIO):
-    """A console at which Ctrl-C is pressed when so many pieces of a job are written."""
-
-    def __init__(self, the_job, pieces):
-        super().__init__()
-        self.folder, self.pieces = Path(f"{the_job.output}.shards"), pieces
-
-    def write(self, text):
-        if len(list(self.folder.glob("0*.json"))) >= self.pieces:
-            raise KeyboardInterrupt
-        return super().write(text)
-
-
 def interrupt(the_job, loaded, pieces=4):
+    stream = Interrupted(Path(f"{the_job.output}.shards"), pieces)
     with pytest.raises(KeyboardInterrupt):
-        run_pieces(the_job, lambda: loaded, stream=Interrupted(the_job, pieces))
+        run_pieces(the_job, lambda: loaded, stream=stream)
 
 
 def go_on(the_job, loaded):

@@ -16,6 +16,9 @@ KINDS = (
 )  # fmt: skip
 
 
+_MANUAL_CHANNEL = "1"  # JAX gives it to every exchange that a shard_map asks for
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collective:
     """One exchange.
@@ -62,7 +65,8 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
                 if made is None:
                     continue
                 channel = inner.attribute("channel_id")
-                key = f"channel {channel}" if channel else f"{computation.name} {inner.name}"
+                shared = channel in ("", _MANUAL_CHANNEL)
+                key = f"{computation.name} {inner.name}" if shared else f"channel {channel}"
                 if key not in found or made.times > found[key].times:
                     found[key] = made
     return list(found.values())

@@ -122,5 +122,6 @@ def _place(equation: Any) -> str:
     for frame in traceback.frames if traceback else ():
         file = Path(frame.file_name).name
         if frame.file_name.startswith(_PACKAGE) and file != "mesh.py":
-            return f"{file}:{frame.line_num} {frame.function_name.rpartition('.')[2]}"
+            named = [part for part in frame.function_name.split(".") if part[0] != "<"]
+            return f"{file}:{frame.line_num} {named[-1] if named else ''}".strip()
     return str(equation.primitive.name)

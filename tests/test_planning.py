@@ -176,6 +176,22 @@ def test_exchanges_of_known_functions_have_their_bytes(compiled):
         assert (found.kind, found.axes, found.whole, found.sent) == (kind, axes, whole, sent)
 
 
+def test_exchanges_that_a_shard_map_asks_for_are_all_counted(compiled):
+    """They share one channel, which is that of one exchange elsewhere."""
+    mesh, spec = compiled.mesh, jax.P(("data", "fsdp"), "tensor")
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+
+    def twice(x):
+        first = jax.lax.psum(x, "tensor")
+        return jax.lax.psum(jnp.tanh(first) * x, "tensor")
+
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(twice, in_specs=spec, out_specs=jax.P(spec[0]))
+        text = jax.jit(run).lower(x).compile().as_text()
+    found = collectives(parse(text), dict(mesh.shape))
+    assert [(c.kind, c.axes, c.whole) for c in found] == [("all-reduce", ("tensor",), 1024)] * 2
+
+
 def test_the_training_step_exchanges_weights_and_gradients_in_every_layer_and_part(compiled):
     found = collectives(compiled.program, dict(compiled.mesh.shape))
     kinds = {(c.kind, c.axes) for c in found}

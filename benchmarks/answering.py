@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks import workloads
+from benchmarks import needed, workloads
 from benchmarks.command import Setting, finish
-from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.harness import OURS, Worker, compare, measure_peak, speed_target
 from benchmarks.results import Case
 
 
@@ -45,8 +45,28 @@ def measure(
             repetitions=setting.repetitions,
             work=workloads.num_tokens(asked),
             unit="tokens",
+            flops=_flops(setting, asked, variants, is_judge=bool(labels)),
+            peak=peak,
         )
     name, what = case
     target = speed_target(goal, timings, variants[0])
     found = Case(name=name, what=what, timings=timings, difference=difference, targets=[target])
     finish(benchmark, peak, [found])
+
+
+def _flops(
+    setting: Setting, asked: list[workloads.Asked], variants: Sequence[str], *, is_judge: bool
+) -> dict[str, float]:
+    """What a run of each side needs. Both orders of a judge begin with the same tokens."""
+    groups = [
+        (len(one.sequences[0][0]) - 1, [len(rest) for _, rest in one.sequences]) for one in asked
+    ]
+    own: needed.Logits = "none" if is_judge else "responses"
+    peers: dict[str, needed.Logits] = {"plain": "all", "careful": own}
+    return {
+        OURS: needed.once_a_prompt(setting.config, groups, own),
+        **{
+            variant: needed.once_a_response(setting.config, groups, peers[variant])
+            for variant in variants
+        },
+    }

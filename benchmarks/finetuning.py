@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from benchmarks import workloads
+from benchmarks import needed, workloads
 from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.harness import OURS, Worker, compare, measure_peak, speed_target
 from benchmarks.pretraining import LEARNING_RATE, optimizer_arguments
 from benchmarks.results import Case
 from gram_jax import entry
@@ -36,6 +36,11 @@ def main(_: list[str]) -> None:
             s.data, s.tokenizer, pairs, prompt=prompt, response=response
         )
         work = sum(2 * len(a) + len(b) + len(c) for a, b, c in sequences)
+        groups = [(len(a) - 1, [len(b), len(c)]) for a, b, c in sequences]
+        flops = {
+            OURS: needed.BACKWARD * needed.once_a_prompt(s.config, groups, "responses"),
+            "peer": needed.BACKWARD * needed.once_a_response(s.config, groups, "all"),
+        }
         objective = ObjectiveConfig(name="smoothed_pairwise", beta=BETA)
         both = {
             "model": str(s.model),
@@ -54,6 +59,8 @@ def main(_: list[str]) -> None:
                 repetitions=s.repetitions,
                 work=pairs,
                 unit="pairs",
+                flops=flops,
+                peak=peak,
                 warm_up_counts=True,
             )
     case = Case(

@@ -132,6 +132,8 @@ def compare(
     repetitions: int,
     work: float,
     unit: str,
+    flops: dict[str, float],
+    peak: dict[str, float],
     warm_up_counts: bool = False,
 ) -> tuple[list[Timing], float]:
     """Warms the sides up, lets them take turns, and compares their numbers.
@@ -141,6 +143,8 @@ def compare(
       peers: by name, another side and which of its variants.
       repetitions: how often each runs, warm-up left out.
       work, unit: what a run does, and in what.
+      flops: that a run of each side needs.
+      peak: what :func:`measure_peak` found.
       warm_up_counts: the numbers of the warm-up must agree, too.
 
     Returns:
@@ -174,6 +178,8 @@ def compare(
             compile_seconds=warm[name].compile_seconds,
             warm_up_seconds=warm[name].seconds,
             facts={**warm[name].facts, **runs[name][-1].facts},
+            flops=flops[name],
+            peak=peak["XLA" if name == OURS else "PyTorch"],
         )
         for name in calls
     ]
@@ -214,7 +220,8 @@ def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:
 def speed_target(goal: float, timings: Sequence[Timing], peer: str) -> Target:
     """A target for how many times as long the side named ``peer`` takes."""
     by_name = {timing.side: timing for timing in timings}
-    found = ratio(by_name[peer].seconds, by_name[OURS].seconds)
+    ours = by_name[OURS]
+    found = ratio(by_name[peer].seconds, ours.seconds)
     return Target(
         what=f"speed, {peer} = 1",
         goal=goal,
@@ -222,6 +229,7 @@ def speed_target(goal: float, timings: Sequence[Timing], peer: str) -> Target:
         unit="x",
         low=found.low,
         high=found.high,
+        at_peak=found.median / ours.share if ours.share else None,
     )
 
 

@@ -5,17 +5,17 @@
 8 rows of 512 tokens, 56M parameters, float32: forward, cross-entropy, backward, clipping, AdamW.
 Every row is one document, so that both compute the same. The loss of every step must agree, and the
 gradient norm of the first. The share of the peak is FLOPs of a step / (seconds x FLOP/s of matrix
-products by XLA), with `ModelConfig.flops_per_token` x 3: products only, causal attention counted
-once.
+products by XLA), with the FLOPs of `benchmarks.needed`: products only, causal attention counted
+once, the backward pass as two forward passes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from benchmarks import workloads
+from benchmarks import needed, workloads
 from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.harness import OURS, Worker, compare, measure_peak, speed_target
 from benchmarks.results import Case, Target
 from gram_jax import entry
 from gram_jax.config import ObjectiveConfig, OptimizerConfig
@@ -32,6 +32,7 @@ def main(_: list[str]) -> None:
         # The first token is context: a row computes `length` tokens and predicts as many.
         ids = workloads.rows_of_text(s.data, s.tokenizer, rows, length + 1)
         sequences = [[one[:1], one[1:]] for one in ids]
+        flops = needed.BACKWARD * needed.once_a_prompt(s.config, [(0, [length])] * rows, "all")
         objective = dataclasses.asdict(ObjectiveConfig(name="next_token"))
         both = {
             "model": str(s.model),
@@ -50,9 +51,10 @@ def main(_: list[str]) -> None:
                 repetitions=s.repetitions,
                 work=rows * length,
                 unit="tokens",
+                flops={OURS: flops, "peer": flops},
+                peak=peak,
                 warm_up_counts=True,
             )
-        flops = 3 * s.config.flops_per_token(length) * rows * length
     shares = [flops / (seconds * peak["XLA"]) for seconds in timings[0].seconds]
     case = Case(
         name="56M",

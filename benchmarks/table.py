@@ -34,22 +34,26 @@ def text(result: Result) -> str:
 
 
 def targets(results: Sequence[Result]) -> Table:
-    """What was wanted and what was reached, a line each."""
+    """What was wanted and what was reached, a line each.
+
+    The last column is what gram_jax would reach if what it computes ran at the peak.
+    """
     rows = [
         (result.benchmark, case.name, target.what, _goal(target), _reached(target),
-         "yes" if target.met else "no")
+         "yes" if target.met else "no",
+         None if target.at_peak is None else _amount(target.at_peak, target.unit))
         for result in results
         for case in result.cases
         for target in case.targets
     ]  # fmt: skip
-    return Table(["benchmark", "case", "what", "target", "reached", "met"], rows)
+    return Table(["benchmark", "case", "what", "target", "reached", "met", "at the peak"], rows)
 
 
 def _timings(case: Case) -> Table:
     ours = case.timings[0]
     headers = [
         "side", "s (min-max)", f"{ours.unit}/s", f"{ours.side} is (min-max)", "compile s",
-        "padding",
+        "padding", "TFLOP", "of peak",
     ]  # fmt: skip
     rows = []
     for timing in case.timings:
@@ -62,6 +66,8 @@ def _timings(case: Case) -> Table:
                 None if timing is ours else _times(ratio(timing.seconds, ours.seconds)),
                 f"{timing.compile_seconds:.1f}" if timing.compile_seconds else None,
                 None if padding is None else f"{padding:.1%}",
+                f"{timing.flops / 1e12:.3g}" if timing.flops else None,
+                None if timing.share is None else f"{timing.share:.1%}",
             )
         )
     return Table(headers, rows)

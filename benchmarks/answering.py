@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from benchmarks import needed, workloads
 from benchmarks.command import Setting, finish
-from benchmarks.harness import OURS, Worker, compare, measure_peak, speed_target
+from benchmarks.harness import (
+    BFLOAT16,
+    OURS,
+    Worker,
+    compare,
+    has_bfloat16,
+    measure_peak,
+    speed_target,
+)
 from benchmarks.results import Case
 
 
@@ -28,7 +36,8 @@ def measure(
       setting: the model and its text.
       asked: the questions.
       case: name and description of what is measured.
-      variants: of the peer; the first is the one that ``goal`` is about.
+      variants: of the peer; the first is the one that ``goal`` is about. It is shown in bfloat16,
+        too, where the processor has instructions for it.
       goal: how many times as quick as the peer.
       reading: what gram_jax reads; with "judge", ``labels`` are the ids of the judge's labels.
     """
@@ -36,9 +45,11 @@ def measure(
     both = {"model": str(setting.model), "questions": str(questions)}
     with (
         Worker("ours:Scoring", **both, reading=reading) as ours,
-        Worker("peer:Scoring", **both, labels=list(labels)) as peer,
+        Worker("peer:Scoring", **both, labels=list(labels), half=variants[0]) as peer,
     ):
         peak = measure_peak(ours, peer, setting.peak_size)
+        if has_bfloat16(peak):
+            variants = [*variants, BFLOAT16]
         timings, difference = compare(
             ours,
             {variant: (peer, variant) for variant in variants},
@@ -63,6 +74,7 @@ def _flops(
     ]
     own: needed.Logits = "none" if is_judge else "responses"
     peers: dict[str, needed.Logits] = {"plain": "all", "careful": own}
+    peers[BFLOAT16] = peers[variants[0]]
     return {
         OURS: needed.once_a_prompt(setting.config, groups, own),
         **{

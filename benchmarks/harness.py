@@ -27,6 +27,8 @@ from gram_jax.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "gram_jax"
+BFLOAT16 = "bfloat16"
+"""The peer's variant that rounds otherwise: shown with its difference, held to no tolerance."""
 TOLERANCE = 1e-4
 """Largest |a - b| / max(1, |b|) between numbers of two sides: scores, losses, gradient norms."""
 
@@ -148,7 +150,7 @@ def compare(
       warm_up_counts: the numbers of the warm-up must agree, too.
 
     Returns:
-      The timings, ours first, and the largest relative difference of any number.
+      The timings, ours first, and the largest relative difference of any number, but of BFLOAT16.
 
     Raises:
       UserError: the numbers differ by more than TOLERANCE: they did not compute the same.
@@ -159,10 +161,14 @@ def compare(
     for name, answer in warm.items():
         say(f"  warm-up of {name}: {answer.seconds:.1f} s {answer.facts}")
     difference = agree(warm) if warm_up_counts else 0.0
+    rounding = 0.0
     runs: dict[str, list[Answer]] = {name: [] for name in calls}
     for repetition in range(repetitions):
         answers = {name: worker.call("run", *which) for name, (worker, which) in calls.items()}
         difference = max(difference, agree(answers))
+        if BFLOAT16 in answers:
+            pair = answers[OURS].numbers, answers[BFLOAT16].numbers
+            rounding = max(rounding, largest_difference(*pair))
         times = ", ".join(f"{name} {answer.seconds:.2f} s" for name, answer in answers.items())
         say(f"  {repetition + 1}/{repetitions}: {times}")
         for name, answer in answers.items():
@@ -177,9 +183,13 @@ def compare(
             unit=unit,
             compile_seconds=warm[name].compile_seconds,
             warm_up_seconds=warm[name].seconds,
-            facts={**warm[name].facts, **runs[name][-1].facts},
+            facts={
+                **warm[name].facts,
+                **runs[name][-1].facts,
+                **({"difference": rounding} if name == BFLOAT16 else {}),
+            },
             flops=flops[name],
-            peak=peak["XLA" if name == OURS else "PyTorch"],
+            peak=peak[_LIBRARY.get(name, "PyTorch")],
         )
         for name in calls
     ]
@@ -187,13 +197,15 @@ def compare(
 
 
 def agree(answers: dict[str, Answer]) -> float:
-    """The largest relative difference between the numbers of gram_jax and any other side.
+    """The largest relative difference between the numbers of gram_jax and any other float32 side.
 
     Raises:
       UserError: it is more than TOLERANCE.
     """
     largest = 0.0
     for name, answer in answers.items():
+        if name == BFLOAT16:
+            continue
         difference = largest_difference(answers[OURS].numbers, answer.numbers)
         if difference > TOLERANCE:
             raise UserError(
@@ -203,6 +215,14 @@ def agree(answers: dict[str, Answer]) -> float:
             )
         largest = max(largest, difference)
     return largest
+
+
+_LIBRARY = {OURS: "XLA", BFLOAT16: "PyTorch bfloat16"}
+
+
+def has_bfloat16(peak: dict[str, float]) -> bool:
+    """Whether the processor has instructions for it: without, it is a hundred times slower."""
+    return peak["PyTorch bfloat16"] > peak["PyTorch"]
 
 
 def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:

@@ -27,6 +27,11 @@ def text(result: Result) -> str:
             lines += ["", _timings(case).text()]
             if case.difference is not None:
                 lines.append(f"largest difference {case.difference:.1e}")
+            lines += [
+                f"{timing.side} differs by up to {timing.facts['difference']:.1e}"
+                for timing in case.timings
+                if "difference" in timing.facts
+            ]
     if result.peak:
         found = ", ".join(f"{value / 1e9:.3g} ({name})" for name, value in result.peak.items())
         lines += ["", f"matrix products, GFLOP/s, float32 but for the last: {found}"]

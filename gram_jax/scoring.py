@@ -124,19 +124,21 @@ def batch_shapes(
 ) -> list[BatchShape]:
     """The shapes that batches may have, the smallest first; the last one is the usual one.
 
-    Each holds twice the places of the one before: more rows, spread over ``mesh``, or longer
-    ones. The others are for inputs that would not half fill the usual one.
+    The others are for inputs that would not fill it: half as many rows, spread over ``mesh``, and
+    so on; then one row each with a half of the tokens, and so on, with three lengths between.
     """
-    shapes = [BatchShape(scoring_shape(row_length, reading), batch_rows)]
-    while True:
-        row, size = shapes[0]
-        if size % (2 * row_shards(mesh)) == 0:
-            size //= 2
-        elif row.tokens % (2 * row_parts(mesh)) == 0 and row.tokens // 2 >= _SHORTEST_ROW:
-            row = scoring_shape(row.tokens // 2, reading)
-        else:
-            return shapes
-        shapes.insert(0, BatchShape(row, size))
+    counts = [batch_rows]
+    while counts[-1] % (2 * row_shards(mesh)) == 0:
+        counts.append(counts[-1] // 2)
+    shapes = [BatchShape(scoring_shape(row_length, reading), size) for size in counts]
+    longest = row_length
+    while longest > _SHORTEST_ROW and longest % 2 == 0:
+        for length in (longest * eighths // 8 for eighths in (7, 6, 5, 4)):
+            whole_eighth = longest % 8 == 0 or length == longest // 2
+            if whole_eighth and length % row_parts(mesh) == 0 and length >= _SHORTEST_ROW:
+                shapes.append(BatchShape(scoring_shape(length, reading), counts[-1]))
+        longest //= 2
+    return shapes[::-1]
 
 
 def score_examples(

@@ -1,6 +1,7 @@
 """The engine: scores are those of transformers run alone, whatever lies around a sequence."""
 
 import dataclasses
+import itertools
 import random
 import re
 
@@ -200,13 +201,25 @@ def test_few_targets_are_computed_in_a_shorter_shape_with_equal_scores(model, ex
     check_alike(found, {(e.key, 0): alone[e.key, 0] for e in single})
 
 
-def test_batches_come_in_sizes_that_double():
+def test_small_batches_have_fewer_rows_and_then_shorter_ones():
     def sizes(*args):
         return [(size, row.tokens) for row, size in batch_shapes(*args)]
 
-    assert sizes(1024, 2) == [(1, 256), (1, 512), (1, 1024), (2, 1024)]
-    assert sizes(600, 6, "head", tiny.mesh(1, 2, 1)) == [(6, 300), (6, 600)]
+    short = [(1, n) for n in (256, 320, 384, 448, 512, 640, 768, 896)]
+    assert sizes(1024, 2) == [*short, (1, 1024), (2, 1024)]
+    assert sizes(600, 6, "head", tiny.mesh(1, 2, 1)) == [
+        *((6, n) for n in (300, 375, 450, 525)), (6, 600)
+    ]  # fmt: skip
+    # A length between must divide among the parts of a row, twice each.
+    context = tiny.mesh(1, 1, 1, 2)
+    assert sizes(1024, 1, "judge", context) == [*short, (1, 1024)]
+    assert sizes(600, 1, "head", context) == [(1, 300), (1, 600)]
     assert sizes(64, 3) == [(3, 64)]
+
+
+def test_a_batch_between_two_sizes_is_padded_by_a_quarter_at_most():
+    lengths = [row.tokens for row, _ in batch_shapes(8192, 1)]
+    assert all(b <= 1.25 * a for a, b in itertools.pairwise(lengths))
 
 
 def test_a_small_input_is_computed_in_a_small_batch_with_equal_scores(model, examples, alone):

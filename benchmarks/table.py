@@ -35,7 +35,9 @@ def text(result: Result) -> str:
     if result.peak:
         found = ", ".join(f"{value / 1e9:.3g} ({name})" for name, value in result.peak.items())
         lines += ["", f"matrix products, GFLOP/s, float32 but for the last: {found}"]
-    return "\n".join([*lines, "", targets([result]).text()])
+    if any(case.targets for case in result.cases):
+        lines += ["", targets([result]).text()]
+    return "\n".join(lines)
 
 
 def targets(results: Sequence[Result]) -> Table:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks import workloads
 from benchmarks.corpus import corpus_tokenizer, preference_rows
-from benchmarks.harness import ROOT, Worker, compare
+from benchmarks.harness import BFLOAT16, ROOT, Worker, compare, has_bfloat16
 from benchmarks.models import SHAPES, write_model
 from benchmarks.results import Result
 from benchmarks.workloads import padded_places
@@ -28,6 +28,7 @@ SIDES = {
     "finetuning": ["gram_jax", "peer"],
     "preferences": [],
     "input": [],
+    "parts": [],
 }
 
 
@@ -80,14 +81,18 @@ def run(name, data, folder):
     command.append(f"--output={folder / name}.json")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "target" in done.stdout
+    assert f"{name}: python -m benchmarks.{name}" in done.stdout
     return Result.read(folder / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", [name for name, sides in SIDES.items() if sides])
 def test_both_sides_of_a_benchmark_agree(name, results):
     (case,) = results[name].cases
-    assert [timing.side for timing in case.timings] == SIDES[name]
+    sides = [timing.side for timing in case.timings]
+    # Where the processor has instructions for it.
+    half = [BFLOAT16] if has_bfloat16(results[name].peak) else []
+    assert sides == SIDES[name] + half
+    assert all(timing.share > 0 for timing in case.timings)
     assert 0 < case.difference < 1e-4
     assert all(timing.work > 0 and timing.median > 0 for timing in case.timings)
     assert results[name].peak["XLA"] > 0 and results[name].peak["PyTorch"] > 0
@@ -96,7 +101,7 @@ def test_both_sides_of_a_benchmark_agree(name, results):
 
 def test_a_preference_file_is_counted_in_both_orders(results):
     cases = results["preferences"].cases
-    assert [case.name for case in cases] == ["as it is", "prompts side by side"]
+    assert [case.name for case in cases] == ["by prompts", "in the file's order"]
     for case in cases:
         assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
 
@@ -110,6 +115,14 @@ def test_the_input_is_measured_beside_the_step_it_feeds(results):
         assert source.facts["measured_rows"] > 0 and step.facts["measured_rows"] > 0
         (target,) = case.targets
         assert target.reached == pytest.approx(source.rate / step.rate)
+
+
+def test_the_parts_of_a_step_and_the_rest_are_the_step(results):
+    (case,) = results["parts"].cases
+    step, *parts = case.timings
+    assert [part.side for part in parts[-2:]] == ["clipping and AdamW", "the rest"]
+    assert sum(part.seconds[0] for part in parts) == pytest.approx(step.seconds[0])
+    assert sum(part.flops for part in parts) == pytest.approx(step.flops)
 
 
 def test_a_start_is_cut_into_its_parts(data, tmp_path):
@@ -161,11 +174,18 @@ def test_another_models_numbers_are_refused(data, tmp_path):
             "ours:Scoring", model=str(tmp_path / "one"), questions=questions, reading="likelihood"
         ) as ours,
         Worker(
-            "peer:Scoring", model=str(tmp_path / "other"), questions=questions, labels=[]
+            "peer:Scoring",
+            model=str(tmp_path / "other"),
+            questions=questions,
+            labels=[],
+            half="plain",
         ) as peer,
         pytest.raises(UserError, match="gram_jax and plain did not compute the same"),
     ):
-        compare(ours, {"plain": (peer, "plain")}, repetitions=1, work=1, unit="tokens")
+        compare(
+            ours, {"plain": (peer, "plain")}, repetitions=1, work=1, unit="tokens",
+            flops={"gram_jax": 1.0, "plain": 1.0}, peak={"XLA": 1.0, "PyTorch": 1.0},
+        )  # fmt: skip
 
 
 def test_a_worker_says_what_a_user_can_do(tmp_path):

@@ -20,6 +20,9 @@ from benchmarks.workloads import padded_places
 from gram_jax.encoding import Encoder
 from gram_jax.errors import UserError
 
+# Eight commands of several processes each.
+pytestmark = pytest.mark.timeout(900)
+
 SIDES = {
     "scoring": ["gram_jax", "plain", "careful"],
     "shared_prefix": ["gram_jax", "plain", "careful"],

@@ -33,7 +33,7 @@ lint: .venv/installed-test
 
 # A warning, as of a link that leads nowhere, is an error. Search needs a server, any one.
 docs: .venv/installed-test
-	$(BIN)/python tools/reference.py
+	$(BIN)/python -m tools.reference
 	$(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site; to read it: $(BIN)/python -m http.server --directory build/site"
 

@@ -52,7 +52,7 @@ def command_flags(main: str, *, one_process: bool = False) -> list[FlagText]:
     needed = [flag for flag in (*shared, *own) if _required(flag)]
     others = [flag for flag in (*own, *shared) if not _required(flag)]
     listed = [*needed, *others, *([] if one_process else processes)]
-    return [FlagText(_name(flag), _values(flag), " ".join(flag.help.split())) for flag in listed]
+    return [FlagText(_name(flag), _values(flag), _meaning(flag)) for flag in listed]
 
 
 def help_text(doc: str, main: str, *, one_process: bool = False) -> str:
@@ -79,6 +79,13 @@ def _required(flag: Any) -> bool:
 
 def _name(flag: Any) -> str:
     return f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+
+
+def _meaning(flag: Any) -> str:
+    text = " ".join(flag.help.split())
+    # absl puts an enumeration's values, which stand beside the name here, before its help.
+    values = "|".join(flag.parser.enum_values) if isinstance(flag.parser, flags.EnumParser) else ""
+    return text.removeprefix(f"<{values}>: ")
 
 
 def _values(flag: Any) -> str:

@@ -210,12 +210,7 @@ class _Stage:
             on_error = c.checkpoint.on_error
             logs.append(MetricsLog(self.workdir, resume_step=start, on_error=on_error))
             if project := c.train.wandb_project:
-                settings = to_dict(c)
-                logs.append(
-                    WandbLog(
-                        self.workdir, project, settings, resume_step=start, on_error=on_error
-                    )
-                )
+                logs.append(WandbLog(self.workdir, project, to_dict(c), resume_step=start))
         return Logs(logs)
 
     def _announce(self) -> None:

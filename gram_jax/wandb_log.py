@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +35,9 @@ class WandbLog:
 
     That field is the axis of every chart, and not wandb's own count of what it was sent: a run that
     goes on from a checkpoint repeats steps, which wandb would otherwise refuse.
+
+    Once it has started, what goes wrong with it is a warning, and training goes on without it:
+    metrics.jsonl has every line.
     """
 
     def __init__(
@@ -44,7 +47,6 @@ class WandbLog:
         config: Mapping[str, Any],
         *,
         resume_step: int,
-        on_error: str = "stop",
     ) -> None:
         """Starts a run, or goes on with that of the workdir.
 
@@ -53,16 +55,13 @@ class WandbLog:
           project: its name at Weights & Biases.
           config: the settings to show beside the run.
           resume_step: the step of the checkpoint the run goes on from; -1 starts a new run.
-          on_error: what happens where wandb cannot take a number: "stop" is a UserError,
-            "continue" warns once.
 
         Raises:
           UserError: wandb does not start, as there is no key or no network.
         """
         import wandb
 
-        self._errors = (wandb.Error, OSError)
-        self._on_error, self._warned = on_error, False
+        self._errors, self._failed = (wandb.Error, OSError), False
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         self.run_id = _run_id(folder / RUN_ID_FILE, new=resume_step < 0)
@@ -87,22 +86,9 @@ class WandbLog:
         self._run.define_metric("*", step_metric="step", step_sync=False)
 
     def write(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
-        """Sends one line of numbers.
-
-        Raises:
-          UserError: wandb cannot take it, and on_error is "stop".
-        """
+        """Sends one line of numbers."""
         line = {f"{split}/{name}": float(value) for name, value in metrics.items()}
-        try:
-            self._run.log({"step": int(step), **line})
-        except self._errors as error:
-            if self._on_error == "stop":
-                raise UserError(
-                    f"wandb cannot be sent step {step}: {error}. Run the same command again"
-                ) from error
-            if not self._warned:
-                warn(f"wandb cannot be sent step {step} and later ones: {error}")
-            self._warned = True
+        self._attempt(lambda: self._run.log({"step": int(step), **line}), f"step {step}")
 
     def sync(self) -> None:
         """Nothing: wandb sends by itself."""
@@ -117,7 +103,19 @@ class WandbLog:
         trace: TracebackType | None,
     ) -> None:
         """Waits until everything is sent; a run that ended by an error is shown as failed."""
-        self._run.finish(exit_code=0 if kind is None else 1)
+        self._attempt(lambda: self._run.finish(exit_code=0 if kind is None else 1), "its end")
+
+    def _attempt(self, send: Callable[[], object], what: str) -> None:
+        if self._failed:
+            return
+        try:
+            send()
+        except self._errors as error:
+            self._failed = True
+            warn(
+                f"Weights & Biases was not sent {what}, and gets nothing after it: {error}."
+                " metrics.jsonl has it all"
+            )
 
 
 def _run_id(path: Path, *, new: bool) -> str:

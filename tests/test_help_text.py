@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
 
 from gram_jax.help_text import WIDTH
 
@@ -28,7 +27,10 @@ def reference():
 
 def test_the_pages_made_from_code_are_up_to_date():
     done = subprocess.run(
-        [sys.executable, "tools/reference.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tools.reference", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 

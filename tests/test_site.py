@@ -47,10 +47,7 @@ def pages(entries):
 
 
 def test_every_page_is_there_and_fetches_only_what_lies_beside_it(site):
-    class Loader(yaml.SafeLoader):
-        pass
-
-    nav = yaml.load((ROOT / "mkdocs.yml").read_text("utf-8"), Loader)["nav"]
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
     named = [site / page.replace(".md", ".html") for page in pages(nav)]
     assert len(named) > 30
     for path in named:
@@ -74,7 +71,7 @@ def test_the_search_index_holds_pages_settings_and_functions(site):
 
 def test_file_names_in_the_text_are_links_on_the_site(site):
     method = (site / "method.html").read_text("utf-8")
-    assert '<a href="ranking.html">ranking</a>' in method
+    assert '<a href="ranking.html">Ranking responses</a>' in method
     attention = (site / "attention.html").read_text("utf-8")
     assert 'href="api/training.html#gram_jax.rows"' in attention
 

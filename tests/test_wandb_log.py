@@ -4,15 +4,18 @@ With the wandb package, offline: what it would send later is read from the file 
 """
 
 import json
+import os
+import re
 import shutil
 import struct
+import subprocess
 import sys
 
 import pytest
 import tiny
 from several_processes import make_work, read, train
 
-from gram_jax.config import Config, ModelConfig, TrainConfig
+from gram_jax.config import Config, TrainConfig
 from gram_jax.errors import UserError
 from gram_jax.loop import run_stage
 from gram_jax.wandb_log import RUN_ID_FILE
@@ -108,26 +111,57 @@ def test_a_resumed_run_goes_on_under_the_same_id(trained, work, tmp_path):
     assert lines == lines_of(workdir)[3:]
 
 
-def test_a_run_that_starts_over_is_a_new_one(trained, work, tmp_path):
-    workdir = work / "again"
-    workdir.mkdir()
-    shutil.copy(trained / RUN_ID_FILE, workdir)
-    train(work, "pretrain", "again", ASKED, processes=1, **OFFLINE)
-    run_id, _, lines, _ = one_run(workdir / "wandb")
-    assert run_id != (trained / RUN_ID_FILE).read_text().strip()
-    assert run_id == (workdir / RUN_ID_FILE).read_text().strip()
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-
-
-def test_without_a_key_the_command_says_what_to_do_before_training(work, tmp_path):
-    environment = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
-    _, err = train(
-        work, "pretrain", "no_key", ASKED, processes=1, expected=2, **OFFLINE | environment
+def script(folder, text, **environment):
+    """A log in a process of its own, as wandb keeps one of its own beside it."""
+    begin = "import sys\nfrom gram_jax.wandb_log import WandbLog\nfolder = sys.argv[1]\n"
+    return subprocess.run(
+        [sys.executable, "-c", begin + text, str(folder)],
+        env={**os.environ, **OFFLINE, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert "error: config.train.wandb_project=rewards: wandb does not start" in err
-    assert "WANDB_MODE=offline" in err
-    assert "Traceback" not in err
-    assert not (work / "no_key" / "checkpoints" / "3").exists()
+
+
+def test_a_run_that_starts_over_is_a_new_one(tmp_path):
+    (tmp_path / RUN_ID_FILE).write_text("before\n")
+    start = "with WandbLog(folder, 'rewards', {}, resume_step=-1) as log: log.write(1, {'loss': 2})"
+    done = script(tmp_path, start)
+    assert done.returncode == 0, done.stderr
+    run_id, _, lines, _ = one_run(tmp_path / "wandb")
+    assert "before" != run_id == (tmp_path / RUN_ID_FILE).read_text().strip()
+    assert lines == [{"step": 1, "train/loss": 2}]
+
+
+def test_without_a_key_it_is_said_what_to_do(tmp_path):
+    start = "WandbLog(folder, 'rewards', {}, resume_step=-1)"
+    done = script(tmp_path, start, WANDB_MODE="online", HOME=str(tmp_path), WANDB_API_KEY="")
+    said = done.stderr.splitlines()[-1]
+    assert "UserError: config.train.wandb_project=rewards: wandb does not start" in said
+    assert "`wandb login`, set WANDB_MODE=offline" in said
+
+
+def test_a_run_goes_on_where_wandb_does_not(tmp_path):
+    """Its process is killed between two lines."""
+    text = """
+import psutil
+with WandbLog(folder, "rewards", {}, resume_step=-1) as log:
+    log.write(1, {"loss": 2})
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children)
+    for step in range(2, 50):
+        log.write(step, {"loss": 1})
+print("trained")
+"""
+    done = script(tmp_path, text)
+    assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
+    warning = re.findall("^warning: .*", done.stderr, flags=re.M)
+    assert len(warning) == 1
+    assert "Weights & Biases was not sent" in warning[0]
+    assert "metrics.jsonl has it all" in warning[0]
 
 
 def test_a_project_without_the_package_is_an_error_before_anything_is_done(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """Writes the pages of docs/ that are made from code: docs/configs.md and docs/commands.md.
 
-  python tools/reference.py            writes both
-  python tools/reference.py --check    writes nothing; exit status 1 if one is not up to date
+  python -m tools.reference            writes both
+  python -m tools.reference --check    writes nothing; exit status 1 if one is not up to date
 
 Run it after a change to a setting, a flag or a command's docstring.
 """
@@ -19,16 +19,14 @@ from typing import Any
 
 from absl import flags
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import gram_jax.entry  # the flags of several processes
 from gram_jax.config import FREE, Config
 from gram_jax.help_text import command_flags
 
+ROOT = Path(__file__).resolve().parents[1]
+
 CONFIGS = """# Configs
 
-This page is made from `gram_jax/config.py` by `python tools/reference.py`; a test checks that it is
+This page is made from `gram_jax/config.py` by `python -m tools.reference`; a test checks that it is
 up to date.
 
 A config is a Python file whose `get_config(argument)` returns a `gram_jax.config.Config`, as those
@@ -36,7 +34,7 @@ in `configs/` do; the argument is what follows the colon in `--config=configs/NA
 folder of data or of a model there. Any setting can be given on the command line too:
 
     python -m gram_jax.pretrain --config=configs/tiny_pretrain.py:DATA --workdir=DIR \\
-        --config.optimizer.learning_rate=1e-3 --config.data.train="('a.jsonl','b.parquet:train')"
+        --config.optimizer.learning_rate=1e-3 --config.data.train="('a.jsonl','FOLDER:train')"
 
 Names, types, choices and what settings demand of each other are checked before anything starts; a
 name that does not exist is answered with the nearest one.
@@ -48,7 +46,7 @@ would change what the weights mean or which rows come next. `docs/checkpoints.md
 
 COMMANDS_PAGE = """# Commands
 
-This page is made from the commands by `python tools/reference.py`; a test checks that it is up to
+This page is made from the commands by `python -m tools.reference`; a test checks that it is up to
 date. It is what `--help` prints: `python -m gram_jax.score --help`.
 
 Flags are `--name=value`. Exit status 0: done. 2: something given is wrong; one line says what,
@@ -97,6 +95,7 @@ def _settings(cls: type[Any], path: str) -> list[str]:
 
 
 def commands_page() -> str:
+    importlib.import_module("gram_jax.entry")  # defines the flags of several processes, once
     parts = [COMMANDS_PAGE]
     for path in sorted((ROOT / "gram_jax").glob("*.py")):
         name, source = path.stem, path.read_text("utf-8")
@@ -137,7 +136,7 @@ def main() -> int:
             if not check:
                 path.write_text(text, "utf-8")
     if check and old:
-        print(f"not up to date: {', '.join(old)}; run python tools/reference.py", file=sys.stderr)
+        print(f"not up to date: {', '.join(old)}; run python -m tools.reference", file=sys.stderr)
         return 1
     return 0
 

@@ -56,9 +56,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 def _with_links(line: str, here: str, files: Files) -> str:
     def page_link(found: re.Match[str]) -> str:
         target = f"{found[1]}.md"
-        if files.get_file_from_path(target) is None:
+        file = files.get_file_from_path(target)
+        if file is None:
             raise PluginError(f"docs/{target} is named, but there is no such page: {line.strip()}")
-        return f"[{found[1].rpartition('/')[2]}]({posixpath.relpath(target, here or '.')})"
+        title = file.content_string.partition("\n")[0].removeprefix("# ")
+        return f"[{title}]({posixpath.relpath(target, here or '.')})"
 
     def module_link(path: str) -> str:
         name = path.removesuffix(".py").replace("/", ".")
@@ -97,5 +99,6 @@ def notebook_files(cells: list[dict[str, Any]], stem: str) -> dict[str, str | by
             elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                 parts.append(f"```text\n{text}\n```\n")
     title, _, rest = "\n".join(parts).partition("\n")
-    link = f"This page is a notebook: [{posixpath.basename(stem)}.ipynb]({posixpath.basename(stem)}.ipynb)."
+    name = posixpath.basename(stem) + ".ipynb"
+    link = f"This page is a notebook: [{name}]({name})."
     return {f"{stem}.md": f"{title}\n\n{link}\n{rest}", **images}

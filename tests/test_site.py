@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,19 @@ def test_the_api_shows_sections_of_docstrings_as_tables_or_lists(site):
     assert 'id="gram_jax.scorer.Scorer.score"' in page
     for raw in ("Args:\n", "Raises:\n", "Attributes:\n", ":class:", ":func:"):
         assert raw not in page
+
+
+def test_names_that_share_a_meaning_have_a_line_each_with_their_types(site):
+    page = (site / "api" / "data.html").read_text("utf-8")
+    entry = page.partition('id="gram_jax.data.shapes.detect_format"')[2]
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in entry.split("</tr>")[:5]]
+    meaning = ["where", "it", "stands,", "for", "messages.", "required"]
+    assert ["file", "str", "|", "Path", *meaning] in rows
+    assert ["line", "int", "|", "None", *meaning] in rows
+
+
+def test_the_notebook_is_a_page_with_its_outputs(site):
+    page = (site / "notebooks" / "first_reward_model.html").read_text("utf-8")
+    assert page.count('src="first_reward_model_') == 4
+    assert "finetune: accuracy" in page
+    assert (site / "notebooks" / "first_reward_model.ipynb").is_file()

@@ -51,8 +51,8 @@ date. It is what `--help` prints: `python -m gram_jax.score --help`.
 
 Flags are `--name=value`. Exit status 0: done. 2: something given is wrong; one line says what,
 where, and what to do. 75: stopped by SIGTERM, having saved what is needed to go on; the same
-command goes on. 76: no progress for `--stall_seconds` or `train.stall_seconds`. 130: Ctrl-C.
-Anything else is a defect, and prints a traceback.
+command goes on. 76: no progress for `--stall_seconds` or `train.stall_seconds`. 130: Ctrl-C. 1: a
+defect, with a traceback; or, of `plan`, that the run does not fit.
 """
 
 
@@ -107,7 +107,8 @@ def commands_page() -> str:
         parts += ["| flag | takes | meaning |", "| --- | --- | --- |"]
         one_process = "one_process=True" in source
         for flag in command_flags(module, one_process=one_process):
-            parts.append(f"| `{flag.name}` | {_cell(flag.values)} | {_cell(flag.meaning)} |")
+            takes = _cell(flag.values.replace("|", ", "))
+            parts.append(f"| `{flag.name}` | {takes} | {_cell(flag.meaning)} |")
         parts.append("")
         for new in set(flags.FLAGS) - before:  # other commands have flags of the same names
             delattr(flags.FLAGS, new)

@@ -2,6 +2,7 @@
 #   make quickstart   install, then pretrain, fine-tune, score and export a small reward model
 #   make bench        install, then measure speed beside transformers (DATA=FOLDER: on that text)
 #   make test         install, then lint, type check and all tests
+#   make docs         install, then build the site of docs/ in build/site
 PYTHON ?= python3
 BIN := .venv/bin
 # PyTorch first and by itself: its CPU build satisfies what transformers asks for.
@@ -14,7 +15,7 @@ BEAM := apache-beam==2.77.0 beartype==0.22.9 cffi==2.1.1 cryptography==50.0.2 dn
 	fastavro==1.13.1 fasteners==0.20 grpcio==1.85.3 httplib2==0.32.1 jsonpickle==4.1.4 \
 	objsize==0.7.1 proto-plus==1.29.0 pycparser==3.12 pymongo==4.20.1 pytz==2026.6 zstandard==0.25.0
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint docs bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m gram_jax.quickstart
@@ -29,6 +30,12 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A warning, as of a link that leads nowhere, is an error. Search needs a server, any one.
+docs: .venv/installed-test
+	$(BIN)/python -m tools.reference
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site; to read it: $(BIN)/python -m http.server --directory build/site"
 
 # The peers' libraries, too, so that both sides are timed on one machine; docs/performance.md says
 # what is measured. Nothing else should run meanwhile.
@@ -51,7 +58,7 @@ bench: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,docs,wandb]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 		--target .venv/peers/transformers-4.57 $(PEERS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \

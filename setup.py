@@ -48,8 +48,10 @@ setup(
         # PyTorch, transformers and peft are what tests compare with; never used by the package.
         "test": [
             "hypothesis",
+            "ipykernel",  # runs the notebook
             "jsonschema",
             "mypy",
+            "nbclient",
             "peft",
             "pytest",
             "pytest-timeout",
@@ -64,6 +66,9 @@ setup(
         # In an environment of its own: it needs older versions of four packages than
         # constraints.txt has (docs/preparing.md).
         "beam": ["apache-beam>=2.77"],
+        # The site of docs/ (make docs).
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "wandb": ["wandb>=0.24"],  # train.wandb_project
         "tpu": ["jax[tpu]"],
         # The compiler for TPUs, which needs none; the version that plans were tried with.
         "plan": ['libtpu==0.0.52; python_version < "3.12"', 'libtpu; python_version >= "3.12"'],

@@ -176,7 +176,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """The inverse of :meth:`write`.
+        """The inverse of `write`.
 
         Raises:
           UserError: the file is none of these.

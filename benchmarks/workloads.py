@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 def save(path: Path, asked: list[Asked]) -> None:
-    """Writes questions for :func:`load`."""
+    """Writes questions for `load`."""
     path.write_text(json.dumps(asked), encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def best_of(
 def pairs_of_ids(
     data: Path, tokenizer: Tokenizer, count: int, *, prompt: int, response: int
 ) -> list[list[list[int]]]:
-    """[prompt, chosen, rejected] as ids, of lengths as in :func:`best_of`, exactly."""
+    """[prompt, chosen, rejected] as ids, of lengths as in `best_of`, exactly."""
     pieces, rng = Pieces(data, tokenizer), random.Random(0)
     return [
         [pieces.ids(prompt), *(pieces.ids(length) for length in _lengths(rng, response, 2))]

@@ -124,7 +124,7 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As :func:`parse_topology` reads it."""
+        """As `parse_topology` reads it."""
         text = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return text if self.slices == 1 else f"{self.slices}*{text}"
 

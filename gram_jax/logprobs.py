@@ -6,7 +6,7 @@ other is exchanged once, after the loop over chunks. Each of forward and backwar
 ``shard_map``, inside one ``custom_vjp``.
 
 A gradient that depends on the log-probs, such as that of a ranking loss, needs the logits a second
-time. Where the loss is a weighted sum of them, :func:`next_token_loss` takes its gradient in the
+time. Where the loss is a weighted sum of them, `next_token_loss` takes its gradient in the
 same pass: one product of the size of the logits less.
 """
 
@@ -47,7 +47,7 @@ def target_logprobs(
 def target_logprobs_and_logz(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """As :func:`target_logprobs`, and log sum_v exp(logit_v), float32 [B, M]."""
+    """As `target_logprobs`, and log sum_v exp(logit_v), float32 [B, M]."""
     unembedding, chunk = _prepared(unembedding, targets, chunk)
     return _primitive(hidden, unembedding, targets, chunk)
 
@@ -63,7 +63,7 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of w (-log p + z logz^2), sum of w (-log p)) over the targets.
 
-    The same as :func:`next_token_sums` of :func:`target_logprobs_and_logz`, with the gradient
+    The same as `next_token_sums` of `target_logprobs_and_logz`, with the gradient
     taken in the forward pass: d logit_v = w ((1 + 2 z logz) p_v - 1[v = target]). Only the first
     sum has a gradient, in ``hidden`` and ``unembedding``.
 
@@ -71,7 +71,7 @@ def next_token_loss(
     there the logits are computed twice rather than waiting in every chunk.
 
     Args:
-      hidden, unembedding, targets, chunk: see :func:`target_logprobs_and_logz`.
+      hidden, unembedding, targets, chunk: see `target_logprobs_and_logz`.
       weights: float32 [B, M]; 0 = an unused slot, whose other numbers mean nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -218,7 +218,7 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def _unchunk(x: jax.Array, m: int) -> jax.Array:
-    """The inverse of :func:`_chunks`."""
+    """The inverse of `_chunks`."""
     steps, b, chunk = x.shape[:3]
     return jnp.moveaxis(x, 0, 1).reshape(b, steps * chunk, *x.shape[3:])[:, :m]
 

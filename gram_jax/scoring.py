@@ -5,7 +5,7 @@ per ``batch_rows`` rows, and reading the numbers back. The host is never more th
 batch n + 1 is handed to the device before the numbers of batch n are fetched.
 
 The function is compiled once per shape. Batches have one shape, but for the only batch of a small
-input, which is as small as its rows allow (:func:`batch_shapes`); one whose responses are short is
+input, which is as small as its rows allow (`batch_shapes`); one whose responses are short is
 computed with a half or a quarter of the target slots.
 
 Several processes go through the same stream in lock-step. Each computes its share of every batch,
@@ -161,7 +161,7 @@ def score_examples(
     Args:
       model: a decoder, placed on ``mesh`` if there is one.
       examples: read as they are needed.
-      shape: of the rows; see :func:`scoring_shape`. Their length divides by the mesh's 2 x context.
+      shape: of the rows; see `scoring_shape`. Their length divides by the mesh's 2 x context.
       batch_rows: rows computed at once; divides by the mesh's data x fsdp.
       readout: what a score is; None = the log-prob.
       mesh: what the model is spread over, or None for one device.
@@ -203,7 +203,7 @@ def score_batches(
     batch of fewer rows is filled up with rows of padding.
 
     Args:
-      model, mesh, per_token: see :func:`score_examples`.
+      model, mesh, per_token: see `score_examples`.
       batches: read as they are needed.
       readout: what a score is, None = the log-prob; ``sequences`` are those of the rows.
       counts: added to.
@@ -275,7 +275,7 @@ def _fetch(
 
 
 class Running:
-    """Examples that were packed together, on their way through :func:`score_batches`.
+    """Examples that were packed together, on their way through `score_batches`.
 
     Attributes:
       batches: their rows.
@@ -287,7 +287,7 @@ class Running:
     def __init__(
         self, examples: Sequence[Example], shapes: Sequence[BatchShape], *, first: bool = False
     ):
-        """``shapes`` as :func:`batch_shapes` gives them.
+        """``shapes`` as `batch_shapes` gives them.
 
         The ``first`` examples of an input are all of it, if they are few, and their batch is then
         as small as can be. Others have the usual shape, which is compiled.

@@ -253,10 +253,15 @@ def test_the_compilers_message_says_how_much_is_missing():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.51G of 15.75G hbm."
     )
-    used, limit = out_of_memory(message)
-    assert (used, limit) == (round(23.51 * 2**30), round(15.75 * 2**30))
+    limit = round(15.75 * 2**30)
+    assert out_of_memory(message, 1000) == (round(23.51 * 2**30), limit)
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory"
+        " required for HLO temporaries (82.35G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
+    assert out_of_memory(message, 1000) == (round(82.35 * 2**30) + 1000, limit)
     with pytest.raises(RuntimeError, match="something else"):
-        out_of_memory("something else")
+        out_of_memory("something else", 0)
 
 
 # Roofline

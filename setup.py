@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gram_jax", "gram_jax.*"]),
-    package_data={"gram_jax": ["py.typed", "data/templates/*.toml"]},
+    package_data={"gram_jax": ["py.typed", "data/templates/*.toml", "serving/page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",

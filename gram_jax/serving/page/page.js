@@ -24,6 +24,10 @@ function say(text) {
   byId("status").textContent = text;
 }
 
+function announce(text) {
+  byId("announced").textContent = text;
+}
+
 function noteChange() {
   byId("link").hidden = true;
   if (!shown) return;
@@ -67,6 +71,7 @@ async function run(work) {
   byId("result").setAttribute("aria-busy", "true");
   hideTip();
   say("Comparing …");
+  announce("");
   try {
     await work(mine.signal);
   } catch (error) {
@@ -88,7 +93,8 @@ async function show(state, question, result) {
   const parts = resultParts(result, question, model, choosePair);
   byId("result").replaceChildren(...parts);
   byId("result").classList.remove("stale");
-  say(`${sentence(result.comparison.p_a_better, result.pair)}.`);
+  say("");
+  announce(`${sentence(result.comparison.p_a_better, result.pair)}.`);
   const fragment = await toFragment(linked(state, result.pair));
   if (shown.result === result) history.replaceState(null, "", `#${fragment}`);
 }
@@ -151,7 +157,7 @@ async function openLink() {
   form.state = question;
   await compare(pair);
   if (shown && made && model && made !== model.checkpoint) {
-    say(`${byId("status").textContent} This link was made with the model ${made}.`);
+    say(`This link was made with the model ${made}; the numbers are those of this one.`);
   }
 }
 

@@ -36,12 +36,13 @@ export function rankingTable(ranking, question, reading, pair, choose) {
       choice("right", index, index === pair[1]),
     ),
   );
-  const heads = ["Rank", "Response", "", reward, "Left", "Right"];
+  const heads = [["Rank", "number"], ["Response"], null, [reward, "number"],
+    ["Left", "choice"], ["Right", "choice"]];
   const table = element(
     "table",
     { class: "ranking" },
     element("thead", {}, element("tr", {}, ...heads.map((head) =>
-      head ? element("th", { scope: "col" }, head) : element("td", {})))),
+      head ? element("th", { scope: "col", class: head[1] }, head[0]) : element("td")))),
     element("tbody", {}, ...rows),
   );
   table.addEventListener("change", ({ target }) => {

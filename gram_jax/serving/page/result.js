@@ -7,31 +7,29 @@ import { rankingTable } from "./ranking.js";
 import { legend, tokenLists, visible } from "./tokens.js";
 import { bothOrders, headline } from "./verdict.js";
 
-/** Numbers of one response: {reward, logprob, numTokens}; null where there is none. */
-function facts(result, side) {
-  const { scores, comparison, pair } = result;
-  return {
-    reward: scores ? scores.rewards[pair[side]] : (comparison.rewards?.[side] ?? null),
-    logprob: scores?.logprobs?.[pair[side]] ?? null,
-    numTokens: comparison.num_tokens[side],
-  };
+/** What is known of one response: [name, number] of each. */
+function facts({ scores, comparison, pair }, side, { reading, average }) {
+  const count = comparison.num_tokens[side];
+  const tokens = ["tokens", number(count, String)];
+  if (reading === "judge") return [tokens];
+  const reward = number(scores.rewards[pair[side]]);
+  if (reading === "head") return [["reward", reward], tokens];
+  const logprob = scores.logprobs[pair[side]];
+  if (average === "mean") {
+    return [["reward = log-prob per token", reward], ["log-prob", number(logprob)], tokens];
+  }
+  return [["reward = log-prob", reward], ["per token", number(logprob / count)], tokens];
 }
 
-function factList({ reward, logprob, numTokens }) {
-  const rows = [];
-  if (reward !== null) rows.push(["reward", number(reward)]);
-  if (logprob !== null) {
-    rows.push(["log-prob", number(logprob)], ["per token", number(logprob / numTokens)]);
-  }
-  rows.push(["tokens", number(numTokens, String)]);
+function factList(rows) {
   return element("dl", { class: "facts" }, ...rows.map(([term, value]) =>
     element("div", {}, element("dt", {}, term), element("dd", {}, value))));
 }
 
-function column(result, side, body) {
+function column(result, side, model, body) {
   const name = letter(result.pair[side]);
   return element("article", { class: "response", "aria-label": `Response ${name}` },
-    element("h3", {}, `Response ${name}`), factList(facts(result, side)), body);
+    element("h3", {}, `Response ${name}`), factList(facts(result, side, model)), body);
 }
 
 /** Tokens of both sides with what each adds to the difference, and the marked parts. */
@@ -57,9 +55,12 @@ function annotate(tokens, average) {
 }
 
 function differenceRow(part, place, sides, names, lists) {
-  const cells = [part.a, part.b].map((at, side) =>
-    element("td", { class: "text" }, at === null ? "–" : visible(sides[side][at].text), " ",
-      at === null ? "" : number(sides[side][at].logprob)));
+  const cells = [part.a, part.b].map((at, side) => {
+    if (at === null) return element("td", {}, "–");
+    const { text, logprob } = sides[side][at];
+    const shown = element("code", {}, visible(text));
+    return element("td", { class: "text" }, shown, number(logprob));
+  });
   const side = part.a === null ? 1 : 0;
   const button = element("button", { type: "button", class: "plain",
     "aria-label": `Go to difference ${place + 1}` }, String(place + 1));
@@ -75,13 +76,14 @@ function differenceRow(part, place, sides, names, lists) {
 
 function differenceTable({ sides, marked, whole }, result, lists) {
   const names = result.pair.map(letter);
-  const total = facts(result, 0).reward - facts(result, 1).reward;
-  const heads = ["", names[0], names[1], `part of ${names[0]} ${MINUS} ${names[1]}`, "for"];
+  const [first, second] = result.pair.map((at) => result.scores.rewards[at]);
+  const part = `part of ${names[0]} ${MINUS} ${names[1]}`;
+  const heads = [null, [names[0]], [names[1]], [part, "number"], ["favours"]];
   const table = element(
     "table",
     { class: "differences" },
     element("thead", {}, element("tr", {}, ...heads.map((head) =>
-      head ? element("th", { scope: "col" }, head) : element("td", {})))),
+      head ? element("th", { scope: "col", class: head[1] }, head[0]) : element("td")))),
     element("tbody", {}, ...marked.map((part, i) =>
       differenceRow(part, i, sides, names, lists))),
   );
@@ -89,7 +91,7 @@ function differenceTable({ sides, marked, whole }, result, lists) {
     "section",
     {},
     element("h3", {}, "Where they differ most"),
-    element("p", {}, `Reward ${names[0]} ${MINUS} reward ${names[1]} is `, number(total, signed),
+    element("p", {}, `Reward ${names[0]} ${MINUS} reward ${names[1]} is `, number(first - second, signed),
       ", the sum of what each token adds. A token that stands in both, in the same order, adds the",
       " difference of its two log-probs; one that stands alone adds its own. The largest parts:"),
     whole ? null : element("p", { class: "notice" },
@@ -99,11 +101,11 @@ function differenceTable({ sides, marked, whole }, result, lists) {
   );
 }
 
-function likelihoodParts(result, average) {
+function likelihoodParts(result, model) {
   const tokens = result.pair.map((place) => result.scores.tokens[place]);
-  const annotated = annotate(tokens, average);
+  const annotated = annotate(tokens, model.average);
   const lists = tokenLists(annotated.sides, result.pair);
-  const columns = lists.map((list, side) => column(result, side, list));
+  const columns = lists.map((list, side) => column(result, side, model, list));
   return [
     element("section", { "aria-label": "Tokens" }, legend(),
       element("div", { class: "columns" }, ...columns)),
@@ -112,11 +114,11 @@ function likelihoodParts(result, average) {
   ];
 }
 
-function plainParts(result, question) {
+function plainParts(result, question, model) {
   const columns = result.pair.map((place, side) => {
     const text = element("div", { class: "tokens", tabindex: "0", role: "region",
       "aria-label": `Text of response ${letter(place)}` }, question.responses[place]);
-    return column(result, side, text);
+    return column(result, side, model, text);
   });
   return element("div", { class: "columns" }, ...columns);
 }
@@ -137,10 +139,10 @@ export function resultParts(result, question, model, choose) {
   }
   if (ranking) parts.push(rankingTable(ranking, question, model.reading, pair, choose));
   if (model.reading === "judge") parts.push(bothOrders(comparison, pair));
-  if (model.reading === "likelihood") return [...parts, ...likelihoodParts(result, model.average)];
+  if (model.reading === "likelihood") return [...parts, ...likelihoodParts(result, model)];
   if (model.reading === "head") {
     parts.push(element("p", { class: "quiet" },
       "A head gives a response one number, read at its last token, and none to each token."));
   }
-  return [...parts, plainParts(result, question)];
+  return [...parts, plainParts(result, question, model)];
 }

@@ -27,6 +27,8 @@ export function legend() {
     element("span", {}, "log-prob of a token, likely to surprising"),
     element("span", { class: "swatches" },
       ...spans, element("span", { class: `swatch shade-${BOUNDS.length}` }, "below")),
+    element("span", {}, element("i", { class: "mark", "data-number": "1" }),
+      "where they differ most"),
   );
 }
 
@@ -42,8 +44,20 @@ function describe(token) {
   return parts.join(", ");
 }
 
+/** Its text, with signs beside it that are no text: a line break's, and its mark. */
+function tokenContent({ text, mark }) {
+  const at = text.indexOf("\n");
+  const end = at < 0 ? text.length : at;
+  return [
+    text.slice(0, end),
+    at < 0 ? null : element("i", { class: "break" }),
+    mark ? element("i", { class: "mark", "data-number": mark }) : null,
+    text.slice(end),
+  ];
+}
+
 function tokenElement(token, side, place) {
-  const kind = !token.text ? "textless" : token.text.includes("\n") ? "breaks" : "";
+  const kind = token.text ? "" : "textless";
   const special = token.special ? "special" : ""; // an end token: no part of the text
   return element(
     "span",
@@ -55,9 +69,9 @@ function tokenElement(token, side, place) {
       "aria-label": describe(token),
       "data-place": place,
       "data-side": side,
-      "data-mark": token.mark ?? null,
+      "data-mark": token.mark,
     },
-    token.text,
+    ...tokenContent(token),
   );
 }
 

@@ -16,7 +16,8 @@ export function sentence(p, [a, b]) {
   if (p === 0.5) return `${nameA} and ${nameB} are equally good`;
   const sure = Math.max(p, 1 - p);
   const [better, worse] = p > 0.5 ? [nameA, nameB] : [nameB, nameA];
-  return `${better} is better than ${worse} with probability ${probability(sure)}`;
+  const written = probability(sure).replace(">", "above");
+  return `${better} is better than ${worse} with probability ${written}`;
 }
 
 /** The headline: who is better, and p on a bar between the two names. */

@@ -1,20 +1,13 @@
 """The page in a real browser, on a real server of a small model."""
 
-import contextlib
-import json
+import itertools
 import math
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import peer_models
 import pytest
+from reward_server import serving
 
 from gram_jax.data.builtin import reference_topics
 from gram_jax.data.tokenizer import Tokenizer
@@ -48,54 +41,6 @@ def folder(tmp_path_factory):
     peer_models.build("Llama", SIZES, seed=3).save_pretrained(path)
     Tokenizer.train([" ".join(t.text.split()) for t in reference_topics()][:40], 400).save(path)
     return path
-
-
-class Server:
-    """A reward server on a free port, and its answers without a browser."""
-
-    def __init__(self, process, url, key=""):
-        self.process, self.url, self.key = process, url, key
-
-    def get(self, path):
-        return self._call(path, None)
-
-    def post(self, path, **body):
-        return self._call(path, json.dumps(body).encode())
-
-    def _call(self, path, body):
-        headers = {"Content-Type": "application/json", "X-API-Key": self.key}
-        request = urllib.request.Request(self.url + path, body, headers)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            return json.load(error)
-
-    def wait(self):
-        while True:
-            assert self.process.poll() is None, "the server ended"
-            try:
-                with urllib.request.urlopen(self.url + "ready"):
-                    return
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def serving(folder, *flags, key=""):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gram_jax.serve", f"--checkpoint={folder}", f"--port={port}",
-               "--row_length=256", "--batch_rows=1", *flags]  # fmt: skip
-    environment = {**os.environ, "GRAM_JAX_API_KEY": key}
-    with subprocess.Popen(command, env=environment) as process:
-        try:
-            server = Server(process, f"http://127.0.0.1:{port}/", key)
-            server.wait()
-            yield server
-        finally:
-            process.send_signal(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -420,14 +365,16 @@ CONTRASTS = """() => {
       .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const behind = (e) => (e ? [...behind(e.parentElement), getComputedStyle(e).backgroundColor] : []);
+  const ground = (e) => getComputedStyle(e).backgroundColor;
+  const behind = (e) => (e ? [...behind(e.parentElement), ground(e)] : []);
   const found = [];
   for (const e of document.querySelectorAll("body *")) {
     const writes = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
     if (!(writes || e.value) || !e.checkVisibility() || e.disabled || e.type === "radio") continue;
-    const ground = behind(e);
-    const [x, y] = [over(ground), over([...ground, getComputedStyle(e).color])].map(light);
-    found.push([(Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05), e.id || e.className || e.tagName]);
+    const grounds = behind(e);
+    const [x, y] = [over(grounds), over([...grounds, getComputedStyle(e).color])].map(light);
+    const contrast = (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05);
+    found.push([contrast, e.id || e.className || e.tagName]);
   }
   return found;
 }"""
@@ -472,12 +419,13 @@ def test_shades_go_one_way_so_that_they_need_no_colour_vision(server, open_page)
             "all => all.map(e => getComputedStyle(e).backgroundColor.match(/\\d+/g).map(Number))"
         )
         lights = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in colours]
-        steps = [b - a for a, b in zip(lights, lights[1:], strict=False)]
+        steps = [b - a for a, b in itertools.pairwise(lights)]
         assert len(lights) == 7
         assert all(step < -3 for step in steps) or all(step > 3 for step in steps)
 
 
-NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select, [role], [tabindex]")]
+NAMELESS = """() => [...document.querySelectorAll(
+    "button, input, textarea, select, [role], [tabindex]")]
   .filter((e) => e.checkVisibility() && !["status", "alert", "tooltip"].includes(e.role))
   .filter((e) => !(e.ariaLabel || e.textContent.trim() && e.tagName === "BUTTON"
                    || [...(e.labels ?? [])].some((l) => l.textContent.trim())))

@@ -21,8 +21,9 @@ from gram_jax.serving.endpoint import Handler, endpoint, error_response, json_re
 from gram_jax.serving.errors import RequestError
 from gram_jax.serving.service import Service
 
-OPEN = ("/health", "/ready")
-"""Paths that need no key."""
+OPEN = ("/", "/health", "/ready")
+"""Paths that need no key, as all under `OPEN_FOLDER`: a browser asks for the page without one."""
+OPEN_FOLDER = "/page/"
 PAGE = Path(__file__).parent / "page"
 
 ROUTES: dict[str, Handler] = {
@@ -123,7 +124,7 @@ class _Keys:
         await self._app(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
             return True
         headers = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

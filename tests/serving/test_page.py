@@ -280,7 +280,7 @@ def test_an_error_stands_at_the_field_that_it_is_about(server, open_page):
     page.wait_for_selector("#response-1-fault:visible")
     error = server.post("gram/v1/score", prompt=PROMPT, responses=[FIRST, ""])["error"]
     assert error["field"] == "responses[1]"
-    assert error["message"] in page.locator("#response-1-fault").inner_text()
+    assert page.locator("#response-1-fault").inner_text() == f"Response B {error['message']}"
     assert page.evaluate("document.activeElement.id") == "response-1"
     assert page.get_attribute("#response-1", "aria-describedby") == "response-1-fault"
     page.fill("#response-1", SECOND)

@@ -120,7 +120,8 @@ export class QuestionForm {
     const area = byId(name);
     if (!area) return false;
     const fault = byId(`${name}-fault`);
-    fault.textContent = `${area.labels[0].textContent}: ${message}`;
+    const goesOn = /^(is|has|holds|must) /.test(message); // "Response B" + "is empty"
+    fault.textContent = area.labels[0].textContent + (goesOn ? " " : ": ") + message;
     fault.hidden = false;
     area.setAttribute("aria-invalid", "true");
     area.setAttribute("aria-describedby", fault.id);

@@ -3,11 +3,10 @@
 import { element } from "./element.js";
 import { letter, number } from "./numbers.js";
 
-const LONGEST = 90;
+const LONGEST = 300; // more than a line holds; result.css cuts it where the line ends
 
 function beginning(text) {
-  const line = text.trim().replace(/\s+/g, " ");
-  return line.length > LONGEST ? `${line.slice(0, LONGEST)} …` : line;
+  return text.slice(0, LONGEST).trim().replace(/\s+/g, " ");
 }
 
 function choice(side, place, chosen) {
@@ -30,7 +29,7 @@ export function rankingTable(ranking, question, reading, pair, choose) {
       {},
       element("td", { class: "number" }, String(rank)),
       element("th", { scope: "row" }, letter(index)),
-      element("td", { class: "wide text" }, beginning(question.responses[index])),
+      element("td", { class: "wide beginning" }, beginning(question.responses[index])),
       element("td", { class: "number" }, number(value)),
       choice("left", index, index === pair[0]),
       choice("right", index, index === pair[1]),

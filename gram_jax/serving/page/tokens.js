@@ -44,16 +44,17 @@ function describe(token) {
   return parts.join(", ");
 }
 
-/** Its text, with signs beside it that are no text: a line break's, and its mark. */
+/**
+ * Its text, with signs beside it that are no text: a line break's, and its mark. A mark stays on
+ * the line of what it marks.
+ */
 function tokenContent({ text, mark }) {
-  const at = text.indexOf("\n");
-  const end = at < 0 ? text.length : at;
-  return [
-    text.slice(0, end),
-    at < 0 ? null : element("i", { class: "break" }),
+  const [, spaces, word, rest] = /^([^\S\n]*)([^\n]*)([^]*)$/.exec(text);
+  const signs = [
+    rest ? element("i", { class: "break" }) : null,
     mark ? element("i", { class: "mark", "data-number": mark }) : null,
-    text.slice(end),
   ];
+  return [spaces, element("span", { class: mark ? "together" : null }, word, ...signs), rest];
 }
 
 function tokenElement(token, side, place) {

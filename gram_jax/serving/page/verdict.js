@@ -13,8 +13,8 @@ function bar(p) {
 /** One line for people and for screen readers. */
 export function sentence(p, [a, b]) {
   const [nameA, nameB] = [letter(a), letter(b)];
-  if (p === 0.5) return `${nameA} and ${nameB} are equally good`;
   const sure = Math.max(p, 1 - p);
+  if (probability(sure) === "0.500") return `No preference between ${nameA} and ${nameB}`;
   const [better, worse] = p > 0.5 ? [nameA, nameB] : [nameB, nameA];
   const written = probability(sure).replace(">", "above");
   return `${better} is better than ${worse} with probability ${written}`;

@@ -237,6 +237,11 @@ class Scorer:
         return self.settings.reading
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._model.config.vocab_size
+
+    @property
     def beta(self) -> float:
         """Log-odds per unit of a difference of rewards."""
         return 1.0 if self.kind == "judge" else self.settings.beta

@@ -11,25 +11,36 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gram_jax.serving import own_routes
+from gram_jax.serving import openrlhf_route, own_routes, vllm_routes
 from gram_jax.serving.endpoint import Handler, endpoint, error_response, json_response
 from gram_jax.serving.errors import RequestError
+from gram_jax.serving.metrics import CONTENT_TYPE, Metrics
+from gram_jax.serving.openapi import describe
+from gram_jax.serving.openapi_page import page
 from gram_jax.serving.service import Service
 
-OPEN = ("/", "/health", "/ready")
-"""Paths that need no key, as all under `OPEN_FOLDER`: a browser asks for the page without one."""
-OPEN_FOLDER = "/page/"
+OPEN = ("/health", "/ready", "/", "/docs", "/openapi.json")
+"""Paths that need no key, besides the files of the page."""
 PAGE = Path(__file__).parent / "page"
 
 ROUTES: dict[str, Handler] = {
     "/gram/v1/score": own_routes.score,
     "/gram/v1/rank": own_routes.rank_responses,
     "/gram/v1/compare": own_routes.compare,
+    "/get_reward": openrlhf_route.get_reward,
+    "/classify": vllm_routes.classify,
+    "/pooling": vllm_routes.pooling,
+    "/score": vllm_routes.score,
+    "/v1/score": vllm_routes.score,
+    "/rerank": vllm_routes.rerank,
+    "/v1/rerank": vllm_routes.rerank,
+    "/v2/rerank": vllm_routes.rerank,
+    "/generative_scoring": vllm_routes.generative_scoring,
 }
 """Paths that compute, all of them POST."""
 
@@ -43,8 +54,9 @@ _HEADERS = {
 
 def make_app(service: Service, keys: Iterable[str] = ()) -> Starlette:
     """The application of a reward model; requests need one of ``keys`` if there are any."""
+    numbers = Metrics(service)
     routes: list[BaseRoute] = [
-        Route(path, endpoint(service, handler), methods=["POST"])
+        Route(path, endpoint(service, numbers, path, handler), methods=["POST"])
         for path, handler in ROUTES.items()
     ]
 
@@ -59,19 +71,35 @@ def make_app(service: Service, keys: Iterable[str] = ()) -> Starlette:
         state = service.state()
         return json_response({"status": state}, 200 if state == "ready" else 503)
 
+    async def metrics(_: Request) -> Response:
+        return Response(numbers.text(), media_type=CONTENT_TYPE)
+
+    described = describe(service)
+
+    async def openapi(_: Request) -> Response:
+        return json_response(described)
+
+    async def docs(_: Request) -> Response:
+        return Response(page(described), media_type="text/html")
+
     routes += [
         Route("/gram/v1/model", model),
         Route("/health", health),
         Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+        Route("/docs", docs),
     ]
-    if PAGE.is_dir():
-        routes += [
-            Mount("/page", StaticFiles(directory=PAGE)),
-            Mount("/", StaticFiles(directory=PAGE, html=True)),
-        ]
+    if (PAGE / "index.html").is_file():
+        routes.append(Route("/", _index))
+    routes.append(Mount("/page", StaticFiles(directory=PAGE)))
     middleware = [Middleware(_Headers), Middleware(_Keys, keys=tuple(keys))]
     handlers = {HTTPException: _http_error, Exception: _defect}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+async def _index(_: Request) -> Response:
+    return FileResponse(PAGE / "index.html")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -124,7 +152,7 @@ class _Keys:
         await self._app(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        if scope["path"] in OPEN or scope["path"].startswith(OPEN_FOLDER):
+        if scope["path"] in OPEN or scope["path"].startswith("/page/"):
             return True
         headers = dict(scope["headers"])
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

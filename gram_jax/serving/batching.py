@@ -21,7 +21,7 @@ import numpy as np
 
 from gram_jax import watchdog
 from gram_jax.encoding import BlockBuilder, Encoded
-from gram_jax.packing import pack
+from gram_jax.packing import PackCounts, pack
 from gram_jax.rows import Example
 from gram_jax.scorer import Scorer
 from gram_jax.scoring import BatchShape, RowBatch, Running, Scored
@@ -93,6 +93,8 @@ class Batcher:
       ready: all shapes are compiled.
       failure: why the thread has ended, if it was not asked to.
       waiting_tokens: places that wait to be computed.
+      packed: what packing did, over all batches that were computed.
+      dropped: requests that nobody waited for any more.
     """
 
     def __init__(self, scorer: Scorer, ended: Callable[[], None]) -> None:
@@ -100,7 +102,8 @@ class Batcher:
         self.scorer = scorer
         self.ready = False
         self.failure: BaseException | None = None
-        self.waiting_tokens = 0
+        self.waiting_tokens = self.dropped = 0
+        self.packed = PackCounts()
         self._turns: collections.deque[Work] = collections.deque()
         self._taken: list[Work] = []  # with units on the device
         self._changed = threading.Condition()
@@ -127,6 +130,7 @@ class Batcher:
         """Forgets a request; what of it is not on the device yet is never computed."""
         with self._changed:
             work.dropped = True
+            self.dropped += 1
             self.waiting_tokens -= sum(unit.tokens for unit in work.units)
             work.units.clear()
 
@@ -229,6 +233,7 @@ class Batcher:
 
     def _deliver(self, group: _Group) -> None:
         group.fill()
+        self.packed.add(group.running.packed)
         for work, _ in group.units:
             self._taken.remove(work)
             work.missing -= 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ from starlette.responses import Response
 from gram_jax.serving.bodies import parse_object, read_body
 from gram_jax.serving.engine import DeviceError
 from gram_jax.serving.errors import RequestError
+from gram_jax.serving.limits import Ticket
+from gram_jax.serving.metrics import Metrics
 from gram_jax.serving.service import Service
 
 Handler: TypeAlias = Callable[[Service, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -41,10 +44,18 @@ def error_response(error: RequestError) -> Response:
     return json_response(error.body(), error.status, error.headers())
 
 
-def endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def endpoint(
+    service: Service, metrics: Metrics, path: str, handler: Handler
+) -> Callable[[Request], Awaitable[Response]]:
     """A route that answers a JSON object with a JSON object."""
 
     async def respond(request: Request) -> Response:
+        started = time.monotonic()
+        response = await outcome(request)
+        metrics.ended(path, response.status_code, time.monotonic() - started)
+        return response
+
+    async def outcome(request: Request) -> Response:
         try:
             with service.admission.enter(service.seconds_waiting()) as ticket:
                 if not service.engine.batcher.ready:
@@ -60,7 +71,7 @@ def endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitabl
     return respond
 
 
-async def _answer(service: Service, handler: Handler, request: Request, ticket: Any) -> Response:
+async def _answer(service: Service, handler: Handler, request: Request, ticket: Ticket) -> Response:
     seconds = service.limits.seconds
     begun = asyncio.get_running_loop().time()
     try:

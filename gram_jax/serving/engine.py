@@ -62,8 +62,11 @@ class Engine:
           QuestionError: the first question that has no answer.
           Exception: whatever ended the device thread.
         """
-        encoded = await self.aside(self._encode, questions)
-        work, loop = None, asyncio.get_running_loop()
+        return await self.compute(await self.aside(self._encode, questions))
+
+    async def compute(self, encoded: Sequence[Encoded]) -> list[Answer]:
+        """`ask` for what is encoded already."""
+        loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
         def done(error: BaseException | None) -> None:
@@ -77,7 +80,7 @@ class Engine:
             except asyncio.CancelledError:
                 self.batcher.drop(work)
                 raise
-        return [self._answer(work, number) for number in range(len(questions))]
+        return [self._answer(work, number) for number in range(len(encoded))]
 
     async def aside(self, function: Callable[..., _T], *arguments: object) -> _T:
         """``function(*arguments)`` in another thread."""

@@ -44,12 +44,12 @@ async def rank_responses(service: Service, body: dict[str, Any]) -> dict[str, An
     """`POST /gram/v1/rank`: best first, as the `rank` command ranks by its default method."""
     only_fields(body, _RANK)
     top_n = positive(body, "top_n")
-    ranked = (await ranked_by(service, [_candidates(service, body)]))[0]
-    rewards, order = ranked.ranking.rewards, ranked.ranking.order
-    results = [
-        {"index": index, "reward": number(rewards[index] or 0.0), "rank": place}
-        for place, index in enumerate(order, start=1)
-    ]
+    (ranked,), _ = await ranked_by(service, [_candidates(service, body)])
+    results = []
+    for place, index in enumerate(ranked.ranking.order, start=1):
+        reward = ranked.ranking.rewards[index]
+        assert reward is not None  # only keep_best leaves some out
+        results.append({"index": index, "reward": number(reward), "rank": place})
     return {
         "reading": service.kind,
         "results": results[:top_n],
@@ -80,8 +80,12 @@ async def compare(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-async def ranked_by(service: Service, asked: Sequence[Asked]) -> list[Ranked]:
-    """Ranks each question's responses by the method that rates and orders all of them."""
+async def ranked_by(service: Service, asked: Sequence[Asked]) -> tuple[list[Ranked], list[Answer]]:
+    """Ranks each question's responses by the method that rates and orders all of them.
+
+    Returns:
+      The rankings, and the answers that they come from.
+    """
     if service.kind == "judge":
         asked = [
             one._replace(question=one.question._replace(pairs=_all_pairs(one.question)))
@@ -90,9 +94,9 @@ async def ranked_by(service: Service, asked: Sequence[Asked]) -> list[Ranked]:
         open_ = [one for one in asked if one.question.pairs]
     else:
         open_ = list(asked)
-    answers = [answer.verdict for answer in await service.ask(open_)]
-    questions = [one.question for one in asked]
-    return await service.engine.aside(rank, _Answered(service, answers), questions)
+    answers = await service.ask(open_)
+    told = _Answered(service, [answer.verdict for answer in answers])
+    return await service.engine.aside(rank, told, [one.question for one in asked]), answers
 
 
 class _Answered:

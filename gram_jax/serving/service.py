@@ -10,6 +10,7 @@ import numpy as np
 
 import gram_jax
 from gram_jax.data.sources import Response
+from gram_jax.encoding import Encoded
 from gram_jax.scorer import Question, QuestionError
 from gram_jax.serving.engine import Answer, Engine, NotFiniteError
 from gram_jax.serving.errors import RequestError
@@ -44,12 +45,14 @@ class Service:
     Attributes:
       engine, limits, admission: see their classes.
       name: of the checkpoint, the last part of its path.
+      unsplit: texts that came without a prompt of their own.
     """
 
     def __init__(self, engine: Engine, limits: Limits, checkpoint: str) -> None:
         self.engine, self.limits = engine, limits
         self.admission = Admission(limits)
         self.name = Path(checkpoint).resolve().name
+        self.unsplit = 0
 
     @property
     def kind(self) -> str:
@@ -90,6 +93,29 @@ class Service:
                 "items": self.limits.items,
             },
         }
+
+    def encode(self, asked: Asked) -> Encoded:
+        """What the model reads for a question.
+
+        Raises:
+          RequestError: names the field of the fault.
+        """
+        try:
+            return self.engine.scorer.encode(asked.question)
+        except QuestionError as error:
+            raise asked.fault(error) from None
+
+    async def compute(self, encoded: Sequence[Encoded], fields: Sequence[str]) -> list[Answer]:
+        """One answer for each of what is encoded, which stands in the request at ``fields``.
+
+        Raises:
+          RequestError: the model has no finite score.
+        """
+        try:
+            return await self.engine.compute(encoded)
+        except QuestionError as error:
+            field = fields[error.question]
+            raise RequestError("not_finite", error.reason, field=field) from None
 
     async def ask(self, asked: Sequence[Asked]) -> list[Answer]:
         """One answer per question.

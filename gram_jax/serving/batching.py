@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +41,13 @@ class Unit(NamedTuple):
       question: its place in the request.
       sequences: places of the sequences in the question.
       tokens: places that they take, about.
+      alone: with nothing else in the batch.
     """
 
     question: int
     sequences: range
     tokens: int
+    alone: bool = False
 
 
 class Work:
@@ -209,7 +212,7 @@ class Batcher:
 
     def _take(self) -> list[tuple[Work, Unit]]:
         """The units of the next batch: one of each request in turn, until no more fit."""
-        room = self.scorer.shapes[-1].places
+        room = places = self.scorer.shapes[-1].places
         found: list[tuple[Work, Unit]] = []
         with self._changed:
             passed: list[Work] = []
@@ -218,11 +221,11 @@ class Batcher:
                 if not work.units:  # dropped
                     continue
                 unit = work.units[0]
-                if found and unit.tokens > room:
+                if found and (unit.alone or unit.tokens > room):
                     passed.append(work)
                     continue
                 work.units.popleft()
-                room -= unit.tokens
+                room -= places if unit.alone else unit.tokens
                 self.waiting_tokens -= unit.tokens
                 found.append((work, unit))
                 self._taken.append(work)
@@ -232,13 +235,27 @@ class Batcher:
         return found
 
     def _deliver(self, group: _Group) -> None:
-        group.fill()
         self.packed.add(group.running.packed)
-        for work, _ in group.units:
+        for work, unit, scores in group.scores():
             self._taken.remove(work)
+            if len(group.units) > 1 and not all(math.isfinite(s.score) for s in scores):
+                # Attention takes nothing from neighbours, but nothing of NaN is NaN.
+                self._again(work, unit._replace(alone=True))
+                continue
+            for i, score in zip(unit.sequences, scores, strict=True):
+                work.scores[unit.question][i] = score
             work.missing -= 1
             if not work.missing and not work.dropped:
                 work.done(None)
+
+    def _again(self, work: Work, unit: Unit) -> None:
+        with self._changed:
+            if work.dropped:
+                return
+            if not work.units:  # else it has its turn
+                self._turns.appendleft(work)
+            work.units.appendleft(unit)
+            self.waiting_tokens += unit.tokens
 
 
 class _Group:
@@ -253,11 +270,10 @@ class _Group:
         ]
         self.running = Running(builder.examples(), shapes, first=True, short_end=True)
 
-    def fill(self) -> None:
-        """Writes the scores where they are waited for."""
+    def scores(self) -> Iterator[tuple[Work, Unit, list[Scored]]]:
+        """Each unit with the scores of its sequences, once all are there."""
         for (work, unit), places in zip(self.units, self._places, strict=True):
-            for i, place in zip(unit.sequences, places, strict=True):
-                work.scores[unit.question][i] = self.running[place]
+            yield work, unit, [self.running[place] for place in places]
 
 
 def trial_batches(shapes: Sequence[BatchShape]) -> Iterator[RowBatch]:

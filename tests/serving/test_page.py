@@ -1,17 +1,14 @@
 """The page in a real browser, on a real server of a small model."""
 
 import itertools
+import json
 import math
 import os
 import re
 import shutil
 
-import peer_models
 import pytest
-from reward_server import serving
-
-from gram_jax.data.builtin import reference_topics
-from gram_jax.data.tokenizer import Tokenizer
+from live_server import live
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: see CONTRIBUTING.md")
 expect = sync_api.expect
@@ -22,14 +19,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-SIZES = {
-    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 256,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-}  # fmt: skip
-TEMPLATE = """
-labels = ["A", "B"]
-prompt = "{question} One: {response_a} Two: {response_b} Better:"
-"""
 KEY = "a key of the tests"
 PROMPT = "How do I sort a list?"
 FIRST = "Call list.sort(), which returns None.\nBoth take a key, and both are stable. Größe: ½ 😀"
@@ -39,25 +28,24 @@ HOSTILE = "<img src=x onerror=alert(1)> & <b>bold</b>"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "small"
-    peer_models.build("Llama", SIZES, seed=3).save_pretrained(path)
-    Tokenizer.train([" ".join(t.text.split()) for t in reference_topics()][:40], 400).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with serving(folder, "--beta=0.05", "--average=mean") as found:
+def server(make_scorer):
+    with live(make_scorer("likelihood", beta=0.05, average="mean")) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def judge(folder, tmp_path_factory):
-    template = tmp_path_factory.mktemp("template") / "judge.toml"
-    template.write_text(TEMPLATE)
-    with serving(folder, "--reward=judge", f"--template={template}", key=KEY) as found:
+def locked_judge(make_scorer):
+    with live(make_scorer("judge", max_length=256), keys=[KEY]) as found:
         yield found
+
+
+def origin(server):
+    return f"http://127.0.0.1:{server.port}/"
+
+
+def answer(server, route, **body):
+    """What the server says to another client; an error, too."""
+    return server.post(f"/gram/v1/{route}", body, {"X-API-Key": KEY})[1]
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +67,10 @@ def open_page(browser):
         context.set_default_timeout(0)  # pytest has one, which knows how slow a machine may be
         contexts.append(context)
         page = context.new_page()
-        page.on("request", lambda request: asked.append((request.url, server.url)))
+        page.on("request", lambda request: asked.append((request.url, origin(server))))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: _refused(said, faults))
-        page.goto(server.url + fragment)
+        page.goto(origin(server) + fragment)
         expect(page.locator("#model")).not_to_contain_text("Asking")
         return page
 
@@ -90,7 +78,7 @@ def open_page(browser):
     for context in contexts:
         context.close()
     assert asked
-    assert [url for url, origin in asked if not url.startswith(origin)] == []
+    assert [url for url, home in asked if not url.startswith(home)] == []
     assert faults == []
 
 
@@ -110,7 +98,8 @@ def write(page, prompt, *responses):
 
 def compare(page):
     page.click("#compare")
-    page.wait_for_selector("#result:not([aria-busy]) h2")
+    page.wait_for_selector("#result:not([aria-busy])")
+    assert page.locator(".fault:visible, #problem:visible").all_inner_texts() == []
 
 
 def values(locator):
@@ -127,8 +116,8 @@ def test_a_comparison_shows_the_numbers_of_the_server(server, open_page):
     page = open_page(server)
     write(page, PROMPT, FIRST, SECOND)
     compare(page)
-    found = server.post("gram/v1/compare", prompt=PROMPT, a=FIRST, b=SECOND)
-    scored = server.post("gram/v1/score", prompt=PROMPT, responses=[FIRST, SECOND])["results"][0]
+    found = answer(server, "compare", prompt=PROMPT, a=FIRST, b=SECOND)
+    scored = answer(server, "score", prompt=PROMPT, responses=[FIRST, SECOND])["results"][0]
     p = found["p_a_better"]
     assert values(page.locator(".odds")) == close([p, 1 - p])
     p = values(page.locator(".odds"))[0]
@@ -140,7 +129,7 @@ def test_a_comparison_shows_the_numbers_of_the_server(server, open_page):
         assert values(facts) == close([scored["rewards"][side], logprob, count])
         assert f"\u2212{-values(facts)[1]:.2f}" in facts.inner_text()
     assert found["rewards"] == close(scored["rewards"])
-    for fact in ("small", "likelihood, mean", "beta 0.05", "at most 256 tokens", "float32"):
+    for fact in ("small", "likelihood, mean", "beta 0.05", "at most 160 tokens", "float32"):
         assert fact in page.locator("#model").inner_text()
 
 
@@ -149,7 +138,7 @@ def test_each_token_shows_its_logprob_on_hover_and_on_focus(server, open_page):
     write(page, PROMPT, FIRST, SECOND)
     compare(page)
     asked = {"prompt": PROMPT, "responses": [FIRST, SECOND], "tokens": True}
-    tokens = server.post("gram/v1/score", **asked)["results"][0]["tokens"]
+    tokens = answer(server, "score", **asked)["results"][0]["tokens"]
     for side, expected in enumerate(tokens):
         shown = page.locator(".tokens").nth(side).locator(".token")
         texts = shown.evaluate_all("all => all.map(e => e.textContent)")
@@ -193,7 +182,7 @@ PARTS = """async ([a, b, average]) => {
 def test_what_each_token_adds_sums_to_the_difference_of_rewards(server, open_page, average):
     page = open_page(server)
     asked = {"prompt": PROMPT, "responses": [FIRST, SECOND], "tokens": True}
-    scored = server.post("gram/v1/score", **asked)["results"][0]
+    scored = answer(server, "score", **asked)["results"][0]
     a, b = scored["tokens"]
     parts, marked = page.evaluate(PARTS, [a, b, average])
     rewards = scored["logprobs" if average == "sum" else "rewards"]
@@ -233,7 +222,7 @@ def test_a_link_restores_the_comparison(server, open_page):
     page.click("#share")
     expect(page.locator("#link-text")).to_have_value(re.compile("#c=."))
     link = page.input_value("#link-text")
-    other = open_page(server, link.removeprefix(server.url))
+    other = open_page(server, link.removeprefix(origin(server)))
     other.wait_for_selector("#result:not([aria-busy]) h2")
     assert [area.input_value() for area in other.locator("textarea").all()] == [
         PROMPT, FIRST, SECOND, HOSTILE,
@@ -278,7 +267,7 @@ def test_an_error_stands_at_the_field_that_it_is_about(server, open_page):
     write(page, PROMPT, FIRST, "")
     page.click("#compare")
     page.wait_for_selector("#response-1-fault:visible")
-    error = server.post("gram/v1/score", prompt=PROMPT, responses=[FIRST, ""])["error"]
+    error = answer(server, "score", prompt=PROMPT, responses=[FIRST, ""])["error"]
     assert error["field"] == "responses[1]"
     assert page.locator("#response-1-fault").inner_text() == f"Response B {error['message']}"
     assert page.evaluate("document.activeElement.id") == "response-1"
@@ -291,13 +280,54 @@ def test_an_error_stands_at_the_field_that_it_is_about(server, open_page):
     assert "have changed" in page.locator("#status").inner_text()
     page.click("#compare")
     page.wait_for_selector("#response-0-fault:visible")
-    assert "max_length=256" in page.locator("#response-0-fault").inner_text()
+    assert "max_length=160" in page.locator("#response-0-fault").inner_text()
 
     page.fill("#response-0", FIRST)
     page.select_option("#prompt-as", "messages")
     page.click("#compare")
     page.wait_for_selector("#prompt-fault:visible")
     assert "not JSON" in page.locator("#prompt-fault").inner_text()
+
+
+def test_a_prompt_is_sent_as_text_or_as_messages(server, open_page):
+    page = open_page(server)
+    messages = [{"role": "user", "content": PROMPT}]
+    system = [{"role": "system", "content": "Be short."}, *messages]
+    found = set()
+    for kind, written, sent in (
+        ("text", PROMPT, PROMPT),
+        ("chat", PROMPT, messages),
+        ("messages", json.dumps(system), system),
+    ):
+        write(page, written, FIRST, SECOND)
+        page.select_option("#prompt-as", kind)
+        compare(page)
+        p = answer(server, "compare", prompt=sent, a=FIRST, b=SECOND)["p_a_better"]
+        expect(page.locator("#result")).not_to_have_class("stale")
+        assert values(page.locator(".odds"))[0] == close(p)
+        found.add(p)
+    assert len(found) == 3
+
+
+def test_what_takes_a_while_says_so_and_a_later_question_takes_its_place(server, open_page):
+    page = open_page(server)
+    write(page, PROMPT, FIRST, SECOND)
+    compare(page)
+    gate = server.service.engine.scorer.gate
+    gate.clear()
+    try:
+        page.fill("#response-1", "This one is dropped.")
+        page.click("#compare")
+        expect(page.locator("#status")).to_have_text("Comparing …")
+        expect(page.locator("#result")).to_have_attribute("aria-busy", "true")
+        page.fill("#response-1", THIRD)
+        page.click("#compare")
+    finally:
+        gate.set()
+    expect(page.locator(".tokens").nth(1)).to_contain_text(THIRD)
+    expect(page.locator("#status")).to_be_empty()
+    p = answer(server, "compare", prompt=PROMPT, a=FIRST, b=THIRD)["p_a_better"]
+    assert values(page.locator(".odds"))[0] == close(p)
 
 
 def test_a_server_that_does_not_answer_is_named(server, open_page):
@@ -317,7 +347,7 @@ def test_more_than_two_are_ranked(server, open_page):
     responses = [FIRST, SECOND, THIRD]
     write(page, PROMPT, *responses)
     compare(page)
-    ranked = server.post("gram/v1/rank", prompt=PROMPT, responses=responses)["results"]
+    ranked = answer(server, "rank", prompt=PROMPT, responses=responses)["results"]
     assert values(page.locator(".ranking")) == close([each["reward"] for each in ranked])
     names = page.locator(".ranking tbody th").all_inner_texts()
     assert names == ["ABC"[each["index"]] for each in ranked]
@@ -328,14 +358,14 @@ def test_more_than_two_are_ranked(server, open_page):
     page.locator(f"input[name=right][value='{worst}']").check()
     expect(page.locator("h2")).to_contain_text("ABC"[worst])
     pair = {"a": responses[best], "b": responses[worst]}
-    found = server.post("gram/v1/compare", prompt=PROMPT, **pair)
+    found = answer(server, "compare", prompt=PROMPT, **pair)
     assert values(page.locator(".odds"))[0] == close(found["p_a_better"])
     page.click("[data-remove='2']")
     assert page.locator("#responses textarea").count() == 2
 
 
-def test_a_judge_asks_for_its_key_and_shows_both_orders(judge, open_page):
-    page = open_page(judge)
+def test_a_judge_asks_for_its_key_and_shows_both_orders(locked_judge, open_page):
+    page = open_page(locked_judge)
     page.wait_for_selector("#key:visible")
     page.fill("#api-key", "wrong")
     page.keyboard.press("Enter")
@@ -346,7 +376,7 @@ def test_a_judge_asks_for_its_key_and_shows_both_orders(judge, open_page):
     assert page.locator("#problem").is_hidden()
     write(page, PROMPT, FIRST, SECOND)
     compare(page)
-    found = judge.post("gram/v1/compare", prompt=PROMPT, a=FIRST, b=SECOND)
+    found = answer(locked_judge, "compare", prompt=PROMPT, a=FIRST, b=SECOND)
     assert found["rewards"] is None
     names = ("forward", "p_forward", "backward", "p_backward", "p_a_better")
     assert values(page.locator(".orders")) == close([found[name] for name in names])
@@ -360,9 +390,21 @@ def test_a_judge_asks_for_its_key_and_shows_both_orders(judge, open_page):
     write(page, PROMPT, FIRST, SECOND, THIRD)
     compare(page)
     page.wait_for_selector(".ranking")
-    ranked = judge.post("gram/v1/rank", prompt=PROMPT, responses=[FIRST, SECOND, THIRD])
+    ranked = answer(locked_judge, "rank", prompt=PROMPT, responses=[FIRST, SECOND, THIRD])
     rewards = [each["reward"] for each in ranked["results"]]
     assert values(page.locator(".ranking")) == close(rewards)
+
+
+def test_a_head_has_a_reward_and_no_tokens(head, open_page):
+    page = open_page(head)
+    write(page, PROMPT, FIRST, SECOND)
+    compare(page)
+    found = answer(head, "compare", prompt=PROMPT, a=FIRST, b=SECOND)
+    for side, facts in enumerate(page.locator(".facts").all()):
+        assert values(facts) == close([found["rewards"][side], found["num_tokens"][side]])
+    assert values(page.locator(".odds"))[0] == close(found["p_a_better"])
+    assert page.locator(".token").count() == 0
+    assert "A head gives a response one number" in page.locator("#result").inner_text()
 
 
 CONTRASTS = """() => {
@@ -447,7 +489,7 @@ NAMELESS = """() => [...document.querySelectorAll(
 def test_everything_has_a_name_and_fits_a_narrow_screen(server, open_page):
     page = open_page(server)
     page.set_viewport_size({"width": 340, "height": 640})
-    write(page, PROMPT, FIRST, "word" * 60, THIRD)
+    write(page, PROMPT, FIRST, "word" * 30, THIRD)
     compare(page)
     assert page.evaluate(NAMELESS) == []
     ids = page.locator("[id]").evaluate_all("all => all.map(e => e.id)")

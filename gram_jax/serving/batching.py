@@ -100,8 +100,7 @@ class Batcher:
       dropped: requests that nobody waited for any more.
     """
 
-    def __init__(self, scorer: Scorer, ended: Callable[[], None]) -> None:
-        """``ended`` is called by the thread when it ends."""
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.ready = False
         self.failure: BaseException | None = None
@@ -112,7 +111,6 @@ class Batcher:
         self._changed = threading.Condition()
         self._stopping = False
         self._speed = 0.0  # places a second, of late
-        self._ended = ended
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -147,14 +145,15 @@ class Batcher:
             self._stopping = True
             self._changed.notify()
 
-    def join(self) -> None:
-        """Waits for the thread."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the thread, at most so long; whether it has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._compile()
-            self.ready = True
+            self.ready = not self._stopping
             while self._wait():
                 self._compute()
         except BaseException as error:
@@ -165,12 +164,13 @@ class Batcher:
             for work in left.values():
                 if not work.dropped:
                     work.done(error)
-        finally:
-            self._ended()
 
     def _compile(self) -> None:
         """Runs every kind of batch once."""
         for batch in trial_batches(self.scorer.shapes):
+            if self._stopping:
+                return
+            watchdog.progress()
             for _ in self.scorer.run([batch], per_token=self._per_token):
                 pass
 

@@ -27,8 +27,8 @@ def split_text(text: str, prompt: str | None) -> tuple[str, str] | None:
     return None
 
 
-def encode_text(encoder: Encoder, text: str, field: str) -> Encoded:
-    """A text without a prompt.
+def encode_text(encoder: Encoder, text: str, field: str, *, special: bool = True) -> Encoded:
+    """A text without a prompt; without ``special``, nothing is put before it.
 
     Raises:
       RequestError: it is empty, or too long; or it needs something before it, and there is nothing.
@@ -36,11 +36,11 @@ def encode_text(encoder: Encoder, text: str, field: str) -> Encoded:
     """
     tokenizer = encoder.tokenizer
     add_eos = encoder.add_eos and encoder.reading != "judge"
-    ids = tokenizer.encode_prompt(text)
+    ids = tokenizer.encode_prompt(text, rendered=not special)
     if add_eos:
         end = tokenizer.encode_response("", add_eos=True)
         ids = ids if ids[-len(end) :] == end else [*ids, *end]
-    before = len(tokenizer.prefix_ids)
+    before = len(tokenizer.prefix_ids) if special else 1
     if not before and encoder.reading == "likelihood":
         raise invalid(
             field,

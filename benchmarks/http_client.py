@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -149,10 +149,3 @@ def serving(model: Path, *flags: str) -> Iterator[RunningServer]:
     finally:
         process.kill()
         process.wait()
-
-
-@contextlib.asynccontextmanager
-async def connected(port: int) -> AsyncIterator[Connection]:
-    """A connection for one use."""
-    async with await Connection.open(port) as connection:
-        yield connection

@@ -20,10 +20,15 @@ from gram_jax.rows import IntArray
 from gram_jax.serving.errors import invalid
 
 
-def split_text(text: str, prompt: str | None) -> tuple[str, str] | None:
-    """The prompt and the response of a text that begins with its prompt, else None."""
-    if prompt and len(text) > len(prompt) and text.startswith(prompt):
-        return prompt, text[len(prompt) :]
+def split_text(text: str, prompt: str | None, bos: str = "") -> tuple[str, str] | None:
+    """The prompt and the response of a text that begins with its prompt, else None.
+
+    A ``bos`` that the text spells out before its prompt is passed over: prompts get one anyway.
+    """
+    for before in ("", bos):
+        whole = f"{before}{prompt}"
+        if prompt and len(text) > len(whole) and text.startswith(whole):
+            return prompt, text[len(whole) :]
     return None
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gram_jax.data.judge import Texts, render_comparison
+from gram_jax.data.tokenizer import BOS, EOS
 from gram_jax.rows import Example
 from gram_jax.scoring import score_examples
 
@@ -30,6 +31,11 @@ def test_openrlhf_queries_are_split_at_their_prompts(reading, request):
     found = server.good("/get_reward", {"query": queries, "prompts": prompts, "labels": [None] * 3})
     np.testing.assert_allclose(found["rewards"], wanted, rtol=1e-5)
     assert found["scores"] == found["rewards"]
+    assert found["extra_logs"]["without_prompt"] == [0, 0, 0]
+    # As its client decodes them: with the special tokens, spelt out.
+    spelt = [f"{BOS}{query}{EOS}" for query in queries]
+    found = server.good("/get_reward", {"query": spelt, "prompts": prompts})
+    np.testing.assert_allclose(found["rewards"], wanted, rtol=1e-5)
     assert found["extra_logs"]["without_prompt"] == [0, 0, 0]
     # One query a request, many at once, as its client sends them.
     bodies = [{"query": [q], "prompts": [p]} for q, p in zip(queries, prompts, strict=True)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -64,11 +65,6 @@ class Connection:
                 await asyncio.sleep(slowly / pieces)
         status, raw = await self._reply()
         return Reply(status, json.loads(raw), time.perf_counter() - started)
-
-    async def get(self, path: str) -> tuple[int, bytes]:
-        """(status, body)."""
-        self.writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        return await self._reply()
 
     async def _reply(self) -> tuple[int, bytes]:
         lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -125,6 +121,16 @@ class RunningServer:
             raise UserError(f"the server ended with status {process.wait()}:\n{''.join(said)}")
         # What it says from here on must not fill the pipe.
         threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True).start()
+
+    def metrics(self) -> dict[str, float]:
+        """Its numbers without labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return {
+            name: float(value)
+            for name, value in (line.split() for line in lines if not line.startswith("#"))
+            if "{" not in name
+        }
 
 
 def _pass_on(stream: Any) -> None:

@@ -66,9 +66,13 @@ def main(_: list[str]) -> None:
             worker.call("warm_up")
             for repetition in range(s.repetitions):
                 answer = worker.call("run")
+                before = server.metrics()
                 replies, seconds = _timed(server.port, bodies, _CLIENTS.value)
+                after = server.metrics()
                 batch.seconds.append(answer.seconds)
                 served.seconds.append(seconds)
+                batch.facts.update(answer.facts)
+                served.facts.update(_facts(before, after))
                 crowd += [reply.seconds for reply in replies]
                 difference = max(difference, _difference(answer.numbers, replies))
                 say(f"  {repetition + 1}/{s.repetitions}: batch {answer.seconds:.2f} s,"
@@ -96,6 +100,15 @@ def _timed(port: int, bodies: list[bytes], clients: int) -> tuple[list[Reply], f
         return replies, loop.time() - started
 
     return asyncio.run(run())
+
+
+def _facts(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What the server computed meanwhile."""
+    tokens, places, batches = (
+        after[name] - before[name]
+        for name in ("gram_tokens_total", "gram_places_total", "gram_batches_total")
+    )
+    return {"places": places, "padding": 1 - tokens / places, "batches": batches}
 
 
 def _difference(numbers: list[float], replies: list[Reply]) -> float:

@@ -15,7 +15,6 @@ import asyncio
 import dataclasses
 import json
 import random
-import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from absl import flags
 from benchmarks import workloads
 from benchmarks.command import setting
 from benchmarks.harness import say
-from benchmarks.http_client import Connection, head, serving
+from benchmarks.http_client import Connection, RunningServer, head, serving
 from gram_jax import entry
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
@@ -190,17 +189,9 @@ async def _impatient(port: int, goods: Iterator[Good], seen: Seen, ends: float) 
         seen.gone += 1
 
 
-async def _memory(port: int) -> float:
-    """MB that the server holds."""
-    async with await Connection.open(port) as connection:
-        _, raw = await connection.get("/metrics")
-    found = re.search(rb"^process_resident_memory_bytes (\S+)", raw, re.M)
-    assert found is not None
-    return float(found[1]) / 1e6
-
-
-async def _soak(port: int, goods: list[Good], seen: Seen) -> list[tuple[float, float]]:
-    """Runs all clients, and returns (seconds, MB) over time."""
+async def _soak(server: RunningServer, goods: list[Good], seen: Seen) -> list[tuple[float, float]]:
+    """Runs all clients, and returns (seconds, MB that the server holds) over time."""
+    port = server.port
     loop = asyncio.get_running_loop()
     started, seconds = loop.time(), 60 * _MINUTES.value
     ends = started + seconds
@@ -226,7 +217,8 @@ async def _soak(port: int, goods: list[Good], seen: Seen) -> list[tuple[float, f
         while (left := ends - loop.time()) > 0:
             await asyncio.sleep(min(seconds / _LINES, left))
             at = loop.time() - started
-            memory.append((at, await _memory(port)))
+            numbers = await asyncio.to_thread(server.metrics)
+            memory.append((at, numbers["process_resident_memory_bytes"] / 1e6))
             say(f"  {at:5.0f} s: {seen.good - before} answered, {memory[-1][1]:.0f} MB,"
                 f" wrong {seen.wrong}, lost {seen.lost}")  # fmt: skip
             before = seen.good
@@ -244,7 +236,7 @@ def main(_: list[str]) -> None:
         say(f"{len(goods)} requests of {len(asked)} pairs, {_CLIENTS.value} clients")
         seen = Seen()
         with serving(s.model) as server:
-            memory = asyncio.run(_soak(server.port, goods, seen))
+            memory = asyncio.run(_soak(server, goods, seen))
     for fault in seen.faults:
         say(fault)
     growth = _growth(memory)

@@ -2,10 +2,10 @@
 
   POST /get_reward {"query": [text, ...], "prompts": [...], "labels": [...]}
 
-A query is split where its prompt ends, whether or not BOS is spelt out before it; one that has no prompt, or does not begin with it, is a text
-without a prompt (`gram_jax.serving.texts`), and ``extra_logs`` marks it. A judge compares each
-query's response with its label, a reference answer, and the reward is p(it is better). Other
-fields are not read: versions of the client add their own.
+A query is split where its prompt ends, whether or not BOS is spelt out before it. One that has no
+prompt, or does not begin with it, is a text without a prompt (`gram_jax.serving.texts`), and
+``extra_logs`` marks it. A judge compares each query's response with its label, a reference answer,
+and the reward is p(it is better). Other fields are not read: versions of the client add their own.
 """
 
 from __future__ import annotations

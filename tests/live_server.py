@@ -11,7 +11,7 @@ from gram_jax.scorer import Scorer
 from gram_jax.serving.app import make_app
 from gram_jax.serving.engine import Engine
 from gram_jax.serving.limits import Limits
-from gram_jax.serving.server import Server
+from gram_jax.serving.server import Server, bind
 from gram_jax.serving.service import Service
 
 
@@ -77,15 +77,16 @@ class Live:
 def live(scorer, *, keys=(), checkpoint="small", **limits):
     """A `Live` server of a scorer, ready."""
     service = Service(Engine(scorer), Limits(**limits), checkpoint)
-    server = Server(make_app(service, keys), service, "127.0.0.1", 0, grace_seconds=30)
+    server, listening = Server(make_app(service, keys), service, 30.0), bind("127.0.0.1", 0)
     service.engine.batcher.start()
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    port = listening.getsockname()[1]
     thread.start()
     try:
         while not (server.started and service.state() == "ready"):
             assert thread.is_alive() and service.state() in ("starting", "ready")
             time.sleep(0.02)
-        yield Live(service, server.servers[0].sockets[0].getsockname()[1])
+        yield Live(service, port)
     finally:
         service.admission.stopping = True
         thread.join()

@@ -2,8 +2,10 @@
 
 One thread owns the device. It takes from the requests that wait what one batch holds, a unit from
 each in turn, so that a large request does not keep small ones waiting; packs it as batch scoring
-does, and runs the same compiled function on the same few shapes. A batch that is not full gets the
-smallest shape that holds it. All shapes are compiled before the first request is taken.
+does, and runs the same compiled function on the same few shapes. Where less waits than fills the
+usual shape, it fills the largest one that it can: two small batches cost no more than one that is
+twice as large and half empty, and the first is done sooner. All shapes are compiled before the
+first request is taken.
 
 What a request asks for is tokenised before it comes here (see `gram_jax.serving.engine`).
 """
@@ -100,8 +102,7 @@ class Batcher:
       dropped: requests that nobody waited for any more.
     """
 
-    def __init__(self, scorer: Scorer, ended: Callable[[], None]) -> None:
-        """``ended`` is called by the thread when it ends."""
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.ready = False
         self.failure: BaseException | None = None
@@ -112,7 +113,6 @@ class Batcher:
         self._changed = threading.Condition()
         self._stopping = False
         self._speed = 0.0  # places a second, of late
-        self._ended = ended
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -147,14 +147,15 @@ class Batcher:
             self._stopping = True
             self._changed.notify()
 
-    def join(self) -> None:
-        """Waits for the thread."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the thread, at most so long; whether it has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._compile()
-            self.ready = True
+            self.ready = not self._stopping
             while self._wait():
                 self._compute()
         except BaseException as error:
@@ -165,12 +166,13 @@ class Batcher:
             for work in left.values():
                 if not work.dropped:
                     work.done(error)
-        finally:
-            self._ended()
 
     def _compile(self) -> None:
         """Runs every kind of batch once."""
         for batch in trial_batches(self.scorer.shapes):
+            if self._stopping:
+                return
+            watchdog.progress()
             for _ in self.scorer.run([batch], per_token=self._per_token):
                 pass
 
@@ -212,9 +214,10 @@ class Batcher:
 
     def _take(self) -> list[tuple[Work, Unit]]:
         """The units of the next batch: one of each request in turn, until no more fit."""
-        room = places = self.scorer.shapes[-1].places
         found: list[tuple[Work, Unit]] = []
         with self._changed:
+            sizes = [shape.places for shape in self.scorer.shapes]
+            room = max((s for s in sizes if s <= self.waiting_tokens), default=sizes[0])
             passed: list[Work] = []
             while self._turns and room > 0 and len(passed) < _PASSED_OVER:
                 work = self._turns.popleft()
@@ -225,7 +228,7 @@ class Batcher:
                     passed.append(work)
                     continue
                 work.units.popleft()
-                room -= places if unit.alone else unit.tokens
+                room -= room if unit.alone else unit.tokens
                 self.waiting_tokens -= unit.tokens
                 found.append((work, unit))
                 self._taken.append(work)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from benchmarks.command import is_small
 from benchmarks.harness import ROOT
 from gram_jax.errors import UserError
 
@@ -136,6 +137,11 @@ class RunningServer:
 def _pass_on(stream: Any) -> None:
     for line in stream:
         sys.stderr.write(f"  server: {line}")
+
+
+def server_flags() -> list[str]:
+    """None, unless little is to be done: fewer shapes to compile."""
+    return ["--row_length=2048", "--batch_rows=1"] if is_small() else []
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from absl import flags
 from benchmarks import workloads
 from benchmarks.command import finish, is_small, setting
 from benchmarks.harness import TOLERANCE, Worker, say
-from benchmarks.http_client import Reply, load, serving
+from benchmarks.http_client import Reply, load, server_flags, serving
 from benchmarks.results import Case, Target, Timing, largest_difference, ratio
 from gram_jax import entry
 from gram_jax.encoding import Encoder
@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
         model = {"model": str(s.model), "questions": str(questions)}
         with (
             Worker("ours:Scoring", **model, reading="likelihood") as worker,
-            serving(s.model) as server,
+            serving(s.model, *server_flags()) as server,
         ):
             worker.call("warm_up")
             for repetition in range(s.repetitions):

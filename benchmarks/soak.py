@@ -25,7 +25,7 @@ from absl import flags
 from benchmarks import workloads
 from benchmarks.command import setting
 from benchmarks.harness import say
-from benchmarks.http_client import Connection, RunningServer, head, serving
+from benchmarks.http_client import Connection, RunningServer, head, server_flags, serving
 from gram_jax import entry
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
@@ -113,7 +113,8 @@ def requests(scorer: Scorer, asked: Sequence[workloads.Asked]) -> list[Good]:
     rankings = rank(scorer, questions)
     made = []
     for question, ranked in zip(questions, rankings, strict=True):
-        prompt, (a, b) = str(question.prompt), map(str, question.responses)
+        prompt = str(question.prompt)
+        a, b = (str(response) for response in question.responses)
         numbers = tuple(reward for reward in ranked.ranking.rewards if reward is not None)
         both = {"prompt": prompt, "responses": [a, b]}
         bodies = {
@@ -235,7 +236,7 @@ def main(_: list[str]) -> None:
         goods = requests(Scorer(load_model(s.model, ComputeConfig()), RewardSettings()), asked)
         say(f"{len(goods)} requests of {len(asked)} pairs, {_CLIENTS.value} clients")
         seen = Seen()
-        with serving(s.model) as server:
+        with serving(s.model, *server_flags()) as server:
             memory = asyncio.run(_soak(server, goods, seen))
     for fault in seen.faults:
         say(fault)

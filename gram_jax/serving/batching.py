@@ -25,11 +25,11 @@ import numpy as np
 from gram_jax import watchdog
 from gram_jax.encoding import BlockBuilder, Encoded
 from gram_jax.packing import PackCounts, pack
-from gram_jax.rows import Example
+from gram_jax.rows import Example, IntArray
 from gram_jax.scorer import Scorer
 from gram_jax.scoring import BatchShape, RowBatch, Running, Scored
 
-_UNITS = 4
+_UNITS = 2
 """Units of a large question that fill a batch: what other requests wait for, at most."""
 _PASSED_OVER = 64
 """Units that do not fit a batch, after which the search for one that does ends."""
@@ -40,13 +40,11 @@ class Unit(NamedTuple):
     """Some of a question's sequences, which are computed together.
 
     Attributes:
-      question: its place in the request.
-      sequences: places of the sequences in the question.
-      tokens: places that they take, about.
+      sequences: their places among those of the request.
+      tokens: places of a row that they take, about.
       alone: with nothing else in the batch.
     """
 
-    question: int
     sequences: range
     tokens: int
     alone: bool = False
@@ -55,8 +53,12 @@ class Unit(NamedTuple):
 class Work:
     """A request's questions, on their way through the device.
 
+    Equal sequences are computed once, so that equal responses have the same score to the bit.
+
     Attributes:
-      scores: [questions][sequences], filled in as they come.
+      sequences: all different ones.
+      units: what is still to be computed.
+      missing: how many units have no scores yet.
       dropped: nobody waits for it any more; what is left of it is not computed.
     """
 
@@ -68,27 +70,53 @@ class Work:
     ) -> None:
         """``done`` is called once, by the device thread: with None, or why there are no scores."""
         self.encoded, self.done, self.dropped = encoded, done, False
-        self.scores: list[list[Scored | None]] = [[None] * len(e.sequences) for e in encoded]
-        self.units = collections.deque(
-            unit for place, e in enumerate(encoded) for unit in _units(place, e, usual)
-        )
+        self.sequences: list[tuple[IntArray, IntArray]] = []
+        self.units: collections.deque[Unit] = collections.deque()
+        known: dict[tuple[bytes, bytes], int] = {}
+        self._places: list[list[int]] = []
+        for one in encoded:
+            first = len(self.sequences)
+            self._places.append([self._place(sequence, known) for sequence in one.sequences])
+            self.units += _units(self.sequences[first:], first, usual)
         self.missing = len(self.units)
+        self._scores: list[Scored | None] = [None] * len(self.sequences)
+
+    def _place(
+        self, sequence: tuple[IntArray, IntArray], known: dict[tuple[bytes, bytes], int]
+    ) -> int:
+        prompt, rest = sequence
+        place = known.setdefault((prompt.tobytes(), rest.tobytes()), len(self.sequences))
+        if place == len(self.sequences):
+            self.sequences.append(sequence)
+        return place
+
+    def fill(self, unit: Unit, scores: Sequence[Scored]) -> None:
+        """Takes the scores of a unit's sequences."""
+        self._scores[unit.sequences.start : unit.sequences.stop] = scores
+        self.missing -= 1
+
+    def scores(self, question: int) -> list[Scored]:
+        """The scores of a question's sequences, once none is missing."""
+        found = [self._scores[place] for place in self._places[question]]
+        return [score for score in found if score is not None]
 
 
-def _units(place: int, encoded: Encoded, usual: BatchShape) -> Iterator[Unit]:
+def _units(
+    sequences: Sequence[tuple[IntArray, IntArray]], start: int, usual: BatchShape
+) -> Iterator[Unit]:
     """A question's sequences in order, the prompt of neighbours counted once."""
     most = min(usual.row.tokens, usual.places // _UNITS)
     first = tokens = 0
     before = b""
-    for at, (prompt, rest) in enumerate(encoded.sequences):
+    for at, (prompt, rest) in enumerate(sequences):
         own, key = usual.row.places(rest), prompt.tobytes()
         size = own + (0 if key == before else len(prompt) - 1)
         if at > first and tokens + size > most:
-            yield Unit(place, range(first, at), tokens)
+            yield Unit(range(start + first, start + at), tokens)
             first, tokens, size = at, 0, own + len(prompt) - 1
         tokens, before = tokens + size, key
-    if encoded.sequences:
-        yield Unit(place, range(first, len(encoded.sequences)), tokens)
+    if sequences:
+        yield Unit(range(start + first, start + len(sequences)), tokens)
 
 
 class Batcher:
@@ -245,9 +273,7 @@ class Batcher:
                 # Attention takes nothing from neighbours, but nothing of NaN is NaN.
                 self._again(work, unit._replace(alone=True))
                 continue
-            for i, score in zip(unit.sequences, scores, strict=True):
-                work.scores[unit.question][i] = score
-            work.missing -= 1
+            work.fill(unit, scores)
             if not work.missing and not work.dropped:
                 work.done(None)
 
@@ -268,8 +294,7 @@ class _Group:
         self.units = units
         builder = BlockBuilder()
         self._places = [
-            builder.add([work.encoded[unit.question].sequences[i] for i in unit.sequences])
-            for work, unit in units
+            builder.add([work.sequences[i] for i in unit.sequences]) for work, unit in units
         ]
         self.running = Running(builder.examples(), shapes, first=True, short_end=True)
 

@@ -91,7 +91,7 @@ class Engine:
 
     def _answer(self, work: Work, number: int) -> Answer:
         encoded = work.encoded[number]
-        scores = [score for score in work.scores[number] if score is not None]
+        scores = work.scores(number)
         numbers = [score.score for score in scores]
         found = verdict(self.scorer.settings, encoded, numbers)
         if not np.all(np.isfinite(numbers)):

@@ -139,6 +139,26 @@ def test_a_start_is_cut_into_its_parts(data, tmp_path):
         assert all(parts[name] > 0 for name in ("imports", "weights", "batch", "rest"))
 
 
+def test_served_scores_are_those_of_a_batch(data, tmp_path):
+    (case,) = run("serving", data, tmp_path).cases
+    batch, served = case.timings
+    assert [batch.side, served.side] == ["batch", "served"]
+    assert case.difference < 1e-5
+    assert served.facts["batches"] >= 1 and 0 < served.facts["padding"] < 1
+
+
+def test_a_soak_finds_nothing_wrong_and_nothing_lost(data):
+    command = [sys.executable, "-m", "benchmarks.soak", "--small", "--minutes=0.1"]
+    done = subprocess.run(
+        [*command, f"--data={data}", "--clients=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1), done.stderr[-3000:]  # 1: so short a run may grow
+    for line in ("wrong answers 0", "lost requests 0"):
+        assert line in " ".join(done.stdout.split()), done.stdout + done.stderr[-3000:]
+    for line in ("answered 0", "refused with their field 0", "went away 0"):
+        assert f"{line} " not in " ".join(done.stdout.split()), done.stdout
+
+
 def test_padded_places_are_counted_as_the_peer_pads():
     # Sorted: (7, 5) -> 14 places, as a third would make 21; (3, 2, 2) -> 9.
     assert padded_places([2, 7, 3, 5, 2], 14) == 14 + 9

@@ -1,13 +1,14 @@
-"""lm-evaluation-harness with our model among its own:
+"""lm-evaluation-harness with our model among its own.
 
     python -m gram_jax.clients.harness run --model=gram_jax \\
         --model_args=checkpoint=runs/pretrain --tasks=TASK --include_path=FOLDER
 
-Arguments are those of `lm_eval`; see `gram_jax.clients.lm_eval_model` for the model's.
+Arguments are those of `lm_eval`; see `gram_jax.clients.lm_eval_model` for those of the model.
 """
 
 import sys
 
+from gram_jax.entry import enable_compilation_cache
 from gram_jax.errors import UserError
 
 try:
@@ -20,6 +21,7 @@ except ImportError as error:
 
 def main() -> None:
     """Runs `lm_eval`; a `UserError` ends it with status 2 and without a traceback."""
+    enable_compilation_cache()
     try:
         cli_evaluate()
     except UserError as error:

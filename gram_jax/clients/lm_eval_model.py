@@ -22,7 +22,6 @@ from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
 from gram_jax.data.prompts import apply_chat_template
 from gram_jax.encoding import BlockBuilder
-from gram_jax.entry import enable_compilation_cache
 from gram_jax.errors import UserError
 from gram_jax.mesh import make_mesh, parse_mesh
 from gram_jax.rows import IntArray
@@ -68,7 +67,6 @@ class GramJaxLM(TemplateLM):  # type: ignore[misc]
           UserError: there is no such folder, or the model has no log-probs.
         """
         super().__init__()
-        enable_compilation_cache()
         devices = make_mesh(parse_mesh(mesh)) if len(jax.devices()) > 1 or mesh else None
         loaded = load_model(checkpoint, ComputeConfig(dtype=dtype), devices)
         length = int(max_length) or min(loaded.model.config.max_position, _LENGTH)

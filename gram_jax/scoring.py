@@ -290,12 +290,18 @@ class Running:
     """
 
     def __init__(
-        self, examples: Sequence[Example], shapes: Sequence[BatchShape], *, first: bool = False
+        self,
+        examples: Sequence[Example],
+        shapes: Sequence[BatchShape],
+        *,
+        first: bool = False,
+        short_end: bool = False,
     ):
         """``shapes`` as :func:`batch_shapes` gives them.
 
         The ``first`` examples of an input are all of it, if they are few, and their batch is then
-        as small as can be. Others have the usual shape, which is compiled.
+        as small as can be. Others have the usual shape, which is compiled. With ``short_end`` the
+        last of several batches has no more rows than it needs, where all shapes are compiled.
         """
         self.packed = PackCounts()
         rows: list[PackedRow] = []
@@ -311,7 +317,11 @@ class Running:
                 break
         starts = range(0, len(rows), shape.size)
         self.batches = [RowBatch(rows[i : i + shape.size], shape) for i in starts]
-        self.places = len(self.batches) * shape.places
+        if short_end and len(self.batches) > 1:
+            last = self.batches[-1].rows
+            fits = (s for s in shapes if s.row == shape.row and s.size >= len(last))
+            self.batches[-1] = RowBatch(last, next(fits))
+        self.places = sum(batch.shape.places for batch in self.batches)
         self.missing = len(self.batches)
         self._scores: dict[tuple[int, int], Scored] = {}
 

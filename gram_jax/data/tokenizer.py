@@ -238,6 +238,25 @@ class Tokenizer:
         """Returns the text of the ids."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Returns the text that each token adds to that of the tokens before it.
+
+        Joined, they are the decoded text. The text of a character that several tokens share stands
+        with the last of them.
+        """
+        pieces, start, done = list[str](), 0, 0  # decoded from start on; up to done it is given out
+        before = ""
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[start:end])
+            # Half a character is shown as U+FFFD until the rest of it is there.
+            if end < len(ids) and end - done < 8 and text.endswith("\ufffd"):
+                pieces.append("")
+                continue
+            pieces.append(text[len(before) :])
+            start, done = done, end
+            before = self.decode(ids[start:end])
+        return pieces
+
     def end_token_of(self, text: str) -> str | None:
         """Returns the special token (end of turn, or EOS) that the text ends with, or None."""
         if not text.endswith(self._end_tokens):

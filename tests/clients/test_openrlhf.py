@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reward_models
 from batch_rewards import expected
-from conftest import serving
+from servers import serving
 
 COPIES = 4
 

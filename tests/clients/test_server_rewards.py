@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reward_models
 from batch_rewards import expected
-from conftest import KEY
+from servers import KEY
 from test_reward_function import batch, references
 
 from gram_jax.clients import reward_function

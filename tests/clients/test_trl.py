@@ -7,42 +7,49 @@ import numpy as np
 import pytest
 import reward_models
 from batch_rewards import expected
+from servers import KEY
 
+ROWS = [{"prompt": text} for text in reward_models.PROMPTS]
+CHATS = [
+    {"prompt": reward_models.messages(text), "reference": reward_models.answer(reference)}
+    for text, reference in zip(reward_models.PROMPTS, reward_models.REFERENCES, strict=True)
+]
 CASES = {
-    "likelihood": {"rows": [{"prompt": text} for text in reward_models.PROMPTS]},
-    "judge of groups": {
-        "settings": {"reading": "judge"},
-        "rows": [{"prompt": text} for text in reward_models.PROMPTS[:3]],
-    },
-    "judge with references": {
-        "settings": {"reading": "judge"},
-        "rows": [
-            {"prompt": reward_models.messages(text), "reference": reward_models.answer(reference)}
-            for text, reference in zip(reward_models.PROMPTS, reward_models.REFERENCES, strict=True)
-        ],
-    },
+    "likelihood": ("here", "likelihood", ROWS),
+    "judge of groups": ("here", "judge", ROWS[:3]),
+    "judge with references": ("here", "judge", CHATS),
+    "likelihood of a server": ("server", "likelihood", CHATS),
+    "judge of a server, of groups": ("server", "judge", ROWS[:3]),
 }
+"""Name: (where the reward is computed, what it is, the rows to train on)."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(reward_folder, likelihood_url, judge_url, tmp_path_factory):
     environments.program("huggingface")
     folder = tmp_path_factory.mktemp("trl")
     reward_models.make(folder / "policy", seed=1)
-    source = str(reward_models.make(folder / "reward"))
-    cases = [{"name": k, "source": source, "settings": {}} | case for k, case in CASES.items()]
+    sources = {
+        ("here", "likelihood"): (str(reward_folder), {}),
+        ("here", "judge"): (str(reward_folder), {"reading": "judge"}),
+        ("server", "likelihood"): (likelihood_url, {}),
+        ("server", "judge"): (judge_url, {"api_key": KEY}),
+    }
+    cases = []
+    for name, (where, reading, rows) in CASES.items():
+        source, settings = sources[where, reading]
+        cases.append({"name": name, "source": source, "settings": settings, "rows": rows})
     (folder / "cases.json").write_text(json.dumps(cases))
-    return folder, environments.report("huggingface", "grpo_trl.py", folder)
+    return environments.report("huggingface", "grpo_trl.py", folder)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rewards_in_grpo_are_those_of_batch_scoring(trained, name):
-    folder, report = trained
-    case = report["found"][name]
-    settings = CASES[name].get("settings", {})
+def test_rewards_in_grpo_are_those_of_batch_scoring(reward_folder, trained, name):
+    case, reading = trained["found"][name], CASES[name][1]
+    assert case["name"] == f"gram_jax_{reading}"
     assert len(case["calls"]) >= 3
     for call in case["calls"]:
-        wanted = expected(folder / "reward", call, **settings)
+        wanted = expected(reward_folder, call, reading=reading)
         assert [r is None for r in call["rewards"]] == [w is None for w in wanted]
         np.testing.assert_allclose(
             np.array(call["rewards"], float), np.array(wanted, float), rtol=1e-5, atol=1e-5
@@ -52,7 +59,7 @@ def test_rewards_in_grpo_are_those_of_batch_scoring(trained, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_policy_learns_from_them(trained, name):
-    case = trained[1]["found"][name]
+    case = trained["found"][name]
     assert len(case["steps"]) == 3
     for step, call in zip(case["steps"], case["calls"], strict=True):
         mean = np.nanmean(np.array(call["rewards"], float))

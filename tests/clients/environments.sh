@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
-# Environments in which clients run, each made once in .venv/clients/NAME; `make test-clients`.
+# Makes the environments in which clients run, in .venv/clients/NAME; `make test-clients` calls it.
 #
-#   huggingface   on top of .venv: TRL, lm-evaluation-harness, OpenRLHF's HTTP client
-#   rewardbench   on top of .venv, with the older transformers that it wants
+#   tests/clients/environments.sh [NAME ...]
+#
+#   huggingface   on top of .venv: TRL, lm-evaluation-harness, OpenRLHF's client of reward servers
+#   rewardbench   on top of .venv, with the older transformers that RewardBench wants
 #   tunix         by itself: gram_jax and Tunix, and no PyTorch
 #
-# The versions stand in tests/clients/requirements/NAME.txt, all of them, as pip would resolve them.
+# tests/clients/requirements/NAME.txt has all versions. An environment made from the same file is
+# left as it is.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-main=$PWD/.venv
-python=${PYTHON:-$main/bin/python}
+python=${PYTHON:-.venv/bin/python}
+[ $# -gt 0 ] || set -- huggingface rewardbench tunix
 
-for name in "${@:-huggingface rewardbench tunix}"; do
+for name in "$@"; do
     wanted=tests/clients/requirements/$name.txt
     place=.venv/clients/$name
     if cmp --silent "$wanted" "$place/installed"; then continue; fi
+    echo "making $place"
     rm -rf "$place"
     "$python" -m venv --without-pip "$place"
-    if [ "$name" != tunix ]; then
-        # What is not in the environment itself comes from the one below it.
-        below=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-        echo "$below" > "$(echo "$place"/lib/python3.*/site-packages)/below.pth"
-    fi
     "$python" -m pip --python "$place/bin/python" install --quiet --disable-pip-version-check \
         --no-deps --requirement "$wanted"
+    if [ "$name" != tunix ]; then
+        # What the environment lacks comes from the one below it.
+        "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+            > "$(echo "$place"/lib/python3.*/site-packages)/below.pth"
+    fi
     cp "$wanted" "$place/installed"
 done

@@ -137,7 +137,7 @@ def test_each_answer_is_that_of_the_hugging_face_backend(results, task):
     for document, responses in theirs.items():
         wanted, greedy = numbers(responses)
         found, found_greedy = numbers(ours[document])
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
         assert found_greedy == greedy
         all_greedy += greedy
     if task == "words":

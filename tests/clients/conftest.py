@@ -21,7 +21,7 @@ def likelihood_url(reward_folder):
     """A server that takes little in one request."""
     import servers
 
-    with servers.serving(reward_folder, "--items=4", "--candidates=2") as url:
+    with servers.serving(reward_folder, "--items=4", "--candidates=2", "--row_length=2048") as url:
         yield url
 
 
@@ -30,6 +30,6 @@ def judge_url(reward_folder):
     """A judge that wants a key, and has no room for many requests at once."""
     import servers
 
-    flags = ("--reward=judge", "--waiting=4")
+    flags = ("--reward=judge", "--waiting=4", "--row_length=2048")
     with servers.serving(reward_folder, *flags, GRAM_JAX_API_KEY=servers.KEY) as url:
         yield url

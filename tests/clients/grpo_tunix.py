@@ -63,9 +63,7 @@ def train(case):
         reference=reference,
         tokenizer=tokenizer,
         cluster_config=tunix.ClusterConfig(
-            role_to_mesh={
-                role: mesh for role in (tunix.Role.ACTOR, tunix.Role.REFERENCE, tunix.Role.ROLLOUT)
-            },
+            role_to_mesh=dict.fromkeys((tunix.Role.ACTOR, tunix.Role.REFERENCE, tunix.Role.ROLLOUT), mesh),
             training_config=tunix.RLTrainingConfig(
                 actor_optimizer=optax.sgd(1.0), max_steps=STEPS, eval_every_n_steps=100,
                 mini_batch_size=PROMPTS, train_micro_batch_size=PROMPTS,

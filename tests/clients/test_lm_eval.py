@@ -13,6 +13,8 @@ import transformers
 
 from gram_jax.model_card import export_checkpoint
 
+pytestmark = pytest.mark.timeout(environments.TIMEOUT)
+
 POSITIONS = 96
 """So few that some contexts are cut, and some texts are read in several windows."""
 TASKS = {

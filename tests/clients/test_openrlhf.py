@@ -10,6 +10,8 @@ import reward_models
 from batch_rewards import expected
 from servers import serving
 
+pytestmark = pytest.mark.timeout(environments.TIMEOUT)
+
 COPIES = 4
 
 

@@ -10,6 +10,8 @@ import reward_models
 
 from gram_jax.model_card import export_checkpoint
 
+pytestmark = pytest.mark.timeout(environments.TIMEOUT)
+
 
 def rows():
     """Chats of one and of several turns, each with a response cut from another text."""

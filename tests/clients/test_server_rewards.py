@@ -1,5 +1,6 @@
 """The reward function over HTTP: the same numbers, however a server wants to be asked."""
 
+import environments
 import numpy as np
 import pytest
 import reward_models
@@ -9,6 +10,8 @@ from test_reward_function import batch, references
 
 from gram_jax.clients import reward_function
 from gram_jax.errors import UserError
+
+pytestmark = pytest.mark.timeout(environments.TIMEOUT)
 
 
 @pytest.fixture(scope="module")

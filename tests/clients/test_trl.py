@@ -9,6 +9,8 @@ import reward_models
 from batch_rewards import expected
 from servers import KEY
 
+pytestmark = pytest.mark.timeout(environments.TIMEOUT)
+
 ROWS = [{"prompt": text} for text in reward_models.PROMPTS]
 CHATS = [
     {"prompt": reward_models.messages(text), "reference": reward_models.answer(reference)}

@@ -8,6 +8,8 @@ import pytest
 import reward_models
 from batch_rewards import expected
 
+pytestmark = pytest.mark.timeout(environments.TIMEOUT)
+
 ROWS = [{"prompt": text[:60]} for text in reward_models.PROMPTS]
 WITH_REFERENCES = [
     {"prompt": text[:60], "reference": reference}

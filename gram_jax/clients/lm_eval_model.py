@@ -166,9 +166,9 @@ class GramJaxLM(TemplateLM):  # type: ignore[misc]
                 cut, len(requests), self.max_length,
             )  # fmt: skip
         found = list(self._read(sequences))
-        for (text, _, _), answer in zip(requests, found, strict=True):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, answer)
+        for request, answer in zip(requests, found, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return found
 
     def _read(self, sequences: Iterable[tuple[IntArray, IntArray]]) -> Iterable[tuple[float, bool]]:

@@ -21,6 +21,7 @@ from tunix.models.llama3.model import Llama3, ModelConfig
 from gram_jax.clients import reward_function
 
 STEPS, PROMPTS, GENERATIONS = 3, 2, 4
+ROLES = (tunix.Role.ACTOR, tunix.Role.REFERENCE, tunix.Role.ROLLOUT)
 folder = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
 sizes = ModelConfig(
@@ -63,7 +64,7 @@ def train(case):
         reference=reference,
         tokenizer=tokenizer,
         cluster_config=tunix.ClusterConfig(
-            role_to_mesh=dict.fromkeys((tunix.Role.ACTOR, tunix.Role.REFERENCE, tunix.Role.ROLLOUT), mesh),
+            role_to_mesh=dict.fromkeys(ROLES, mesh),
             training_config=tunix.RLTrainingConfig(
                 actor_optimizer=optax.sgd(1.0), max_steps=STEPS, eval_every_n_steps=100,
                 mini_batch_size=PROMPTS, train_micro_batch_size=PROMPTS,

@@ -152,7 +152,7 @@ def test_the_metrics_are_those_of_the_hugging_face_backend(results, task):
     metrics = [name for name in theirs if name.endswith(",none") and "stderr" not in name]
     assert len(metrics) == 2
     for name in metrics:
-        assert math.isclose(ours[name], theirs[name], rel_tol=1e-4), name
+        assert math.isclose(ours[name], theirs[name], rel_tol=1e-5), name
 
 
 def test_a_task_that_generates_is_refused_in_one_line(tmp_path):

@@ -13,8 +13,9 @@ commands, so that a served score is the score that `python -m gram_jax.score` wr
 200 when all shapes are compiled.
 
 SIGTERM stops the server in order: `/ready` says 503, new requests are refused, and those that were
-taken are finished, for at most --grace_seconds; the status is 0. Another SIGTERM ends it at once.
-Status 1: the model failed (the traceback says why); 76: it made no progress.
+taken are finished. The status is 0 if they all were, 1 if --grace_seconds were not enough; the
+process ends 10 s later at the latest. Another SIGTERM ends it at once. Other ends: status 1 with a
+traceback if the model fails, 76 if it makes no progress for --stall_seconds.
 
 More examples:
 
@@ -38,7 +39,9 @@ from gram_jax.reward_model import define_flags, flag_scorer
 
 define_flags()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 = all.")
-_PORT = flags.DEFINE_integer("port", 8000, "Port to listen on.", lower_bound=0, upper_bound=65535)
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "Port to listen on; 0 = a free one.", lower_bound=0, upper_bound=65535
+)
 _API_KEY_FILE = flags.DEFINE_string(
     "api_key_file",
     None,
@@ -64,7 +67,7 @@ def main(_: list[str]) -> None:
         from gram_jax.serving.app import make_app
         from gram_jax.serving.engine import Engine
         from gram_jax.serving.limits import Limits
-        from gram_jax.serving.server import serve
+        from gram_jax.serving.server import bind, serve
         from gram_jax.serving.service import Service
     except ModuleNotFoundError as error:
         raise UserError(
@@ -78,15 +81,18 @@ def main(_: list[str]) -> None:
         seconds=_TIMEOUT_SECONDS.value,
     )
     keys = _keys()
+    listening = bind(_HOST.value, _PORT.value)
     service = Service(Engine(flag_scorer()), limits, flags.FLAGS.checkpoint)
-    serve(
+    unfinished = serve(
         make_app(service, keys),
         service,
-        host=_HOST.value,
-        port=_PORT.value,
+        listening,
         grace_seconds=_GRACE_SECONDS.value,
         stall_seconds=flags.FLAGS.stall_seconds,
     )
+    if unfinished:
+        print(f"stopped; {unfinished} requests were not finished in time", file=sys.stderr)
+        sys.exit(1)
     print("stopped", file=sys.stderr)
 
 

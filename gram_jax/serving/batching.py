@@ -2,8 +2,10 @@
 
 One thread owns the device. It takes from the requests that wait what one batch holds, a unit from
 each in turn, so that a large request does not keep small ones waiting; packs it as batch scoring
-does, and runs the same compiled function on the same few shapes. A batch that is not full gets the
-smallest shape that holds it. All shapes are compiled before the first request is taken.
+does, and runs the same compiled function on the same few shapes. Where less waits than fills the
+usual shape, it fills the largest one that it can: two small batches cost no more than one that is
+twice as large and half empty, and the first is done sooner. All shapes are compiled before the
+first request is taken.
 
 What a request asks for is tokenised before it comes here (see `gram_jax.serving.engine`).
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +25,11 @@ import numpy as np
 from gram_jax import watchdog
 from gram_jax.encoding import BlockBuilder, Encoded
 from gram_jax.packing import PackCounts, pack
-from gram_jax.rows import Example
+from gram_jax.rows import Example, IntArray
 from gram_jax.scorer import Scorer
 from gram_jax.scoring import BatchShape, RowBatch, Running, Scored
 
-_UNITS = 4
+_UNITS = 2
 """Units of a large question that fill a batch: what other requests wait for, at most."""
 _PASSED_OVER = 64
 """Units that do not fit a batch, after which the search for one that does ends."""
@@ -37,21 +40,25 @@ class Unit(NamedTuple):
     """Some of a question's sequences, which are computed together.
 
     Attributes:
-      question: its place in the request.
-      sequences: places of the sequences in the question.
-      tokens: places that they take, about.
+      sequences: their places among those of the request.
+      tokens: places of a row that they take, about.
+      alone: with nothing else in the batch.
     """
 
-    question: int
     sequences: range
     tokens: int
+    alone: bool = False
 
 
 class Work:
     """A request's questions, on their way through the device.
 
+    Equal sequences are computed once, so that equal responses have the same score to the bit.
+
     Attributes:
-      scores: [questions][sequences], filled in as they come.
+      sequences: all different ones.
+      units: what is still to be computed.
+      missing: how many units have no scores yet.
       dropped: nobody waits for it any more; what is left of it is not computed.
     """
 
@@ -63,27 +70,53 @@ class Work:
     ) -> None:
         """``done`` is called once, by the device thread: with None, or why there are no scores."""
         self.encoded, self.done, self.dropped = encoded, done, False
-        self.scores: list[list[Scored | None]] = [[None] * len(e.sequences) for e in encoded]
-        self.units = collections.deque(
-            unit for place, e in enumerate(encoded) for unit in _units(place, e, usual)
-        )
+        self.sequences: list[tuple[IntArray, IntArray]] = []
+        self.units: collections.deque[Unit] = collections.deque()
+        known: dict[tuple[bytes, bytes], int] = {}
+        self._places: list[list[int]] = []
+        for one in encoded:
+            first = len(self.sequences)
+            self._places.append([self._place(sequence, known) for sequence in one.sequences])
+            self.units += _units(self.sequences[first:], first, usual)
         self.missing = len(self.units)
+        self._scores: list[Scored | None] = [None] * len(self.sequences)
+
+    def _place(
+        self, sequence: tuple[IntArray, IntArray], known: dict[tuple[bytes, bytes], int]
+    ) -> int:
+        prompt, rest = sequence
+        place = known.setdefault((prompt.tobytes(), rest.tobytes()), len(self.sequences))
+        if place == len(self.sequences):
+            self.sequences.append(sequence)
+        return place
+
+    def fill(self, unit: Unit, scores: Sequence[Scored]) -> None:
+        """Takes the scores of a unit's sequences."""
+        self._scores[unit.sequences.start : unit.sequences.stop] = scores
+        self.missing -= 1
+
+    def scores(self, question: int) -> list[Scored]:
+        """The scores of a question's sequences, once none is missing."""
+        found = [self._scores[place] for place in self._places[question]]
+        return [score for score in found if score is not None]
 
 
-def _units(place: int, encoded: Encoded, usual: BatchShape) -> Iterator[Unit]:
+def _units(
+    sequences: Sequence[tuple[IntArray, IntArray]], start: int, usual: BatchShape
+) -> Iterator[Unit]:
     """A question's sequences in order, the prompt of neighbours counted once."""
     most = min(usual.row.tokens, usual.places // _UNITS)
     first = tokens = 0
     before = b""
-    for at, (prompt, rest) in enumerate(encoded.sequences):
+    for at, (prompt, rest) in enumerate(sequences):
         own, key = usual.row.places(rest), prompt.tobytes()
         size = own + (0 if key == before else len(prompt) - 1)
         if at > first and tokens + size > most:
-            yield Unit(place, range(first, at), tokens)
+            yield Unit(range(start + first, start + at), tokens)
             first, tokens, size = at, 0, own + len(prompt) - 1
         tokens, before = tokens + size, key
-    if encoded.sequences:
-        yield Unit(place, range(first, len(encoded.sequences)), tokens)
+    if sequences:
+        yield Unit(range(start + first, start + len(sequences)), tokens)
 
 
 class Batcher:
@@ -97,8 +130,7 @@ class Batcher:
       dropped: requests that nobody waited for any more.
     """
 
-    def __init__(self, scorer: Scorer, ended: Callable[[], None]) -> None:
-        """``ended`` is called by the thread when it ends."""
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self.ready = False
         self.failure: BaseException | None = None
@@ -109,7 +141,6 @@ class Batcher:
         self._changed = threading.Condition()
         self._stopping = False
         self._speed = 0.0  # places a second, of late
-        self._ended = ended
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     def start(self) -> None:
@@ -144,14 +175,15 @@ class Batcher:
             self._stopping = True
             self._changed.notify()
 
-    def join(self) -> None:
-        """Waits for the thread."""
-        self._thread.join()
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the thread, at most so long; whether it has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._compile()
-            self.ready = True
+            self.ready = not self._stopping
             while self._wait():
                 self._compute()
         except BaseException as error:
@@ -162,12 +194,13 @@ class Batcher:
             for work in left.values():
                 if not work.dropped:
                     work.done(error)
-        finally:
-            self._ended()
 
     def _compile(self) -> None:
         """Runs every kind of batch once."""
         for batch in trial_batches(self.scorer.shapes):
+            if self._stopping:
+                return
+            watchdog.progress()
             for _ in self.scorer.run([batch], per_token=self._per_token):
                 pass
 
@@ -209,20 +242,21 @@ class Batcher:
 
     def _take(self) -> list[tuple[Work, Unit]]:
         """The units of the next batch: one of each request in turn, until no more fit."""
-        room = self.scorer.shapes[-1].places
         found: list[tuple[Work, Unit]] = []
         with self._changed:
+            sizes = [shape.places for shape in self.scorer.shapes]
+            room = max((s for s in sizes if s <= self.waiting_tokens), default=sizes[0])
             passed: list[Work] = []
             while self._turns and room > 0 and len(passed) < _PASSED_OVER:
                 work = self._turns.popleft()
                 if not work.units:  # dropped
                     continue
                 unit = work.units[0]
-                if found and unit.tokens > room:
+                if found and (unit.alone or unit.tokens > room):
                     passed.append(work)
                     continue
                 work.units.popleft()
-                room -= unit.tokens
+                room -= room if unit.alone else unit.tokens
                 self.waiting_tokens -= unit.tokens
                 found.append((work, unit))
                 self._taken.append(work)
@@ -232,13 +266,25 @@ class Batcher:
         return found
 
     def _deliver(self, group: _Group) -> None:
-        group.fill()
         self.packed.add(group.running.packed)
-        for work, _ in group.units:
+        for work, unit, scores in group.scores():
             self._taken.remove(work)
-            work.missing -= 1
+            if len(group.units) > 1 and not all(math.isfinite(s.score) for s in scores):
+                # Attention takes nothing from neighbours, but nothing of NaN is NaN.
+                self._again(work, unit._replace(alone=True))
+                continue
+            work.fill(unit, scores)
             if not work.missing and not work.dropped:
                 work.done(None)
+
+    def _again(self, work: Work, unit: Unit) -> None:
+        with self._changed:
+            if work.dropped:
+                return
+            if not work.units:  # else it has its turn
+                self._turns.appendleft(work)
+            work.units.appendleft(unit)
+            self.waiting_tokens += unit.tokens
 
 
 class _Group:
@@ -248,16 +294,14 @@ class _Group:
         self.units = units
         builder = BlockBuilder()
         self._places = [
-            builder.add([work.encoded[unit.question].sequences[i] for i in unit.sequences])
-            for work, unit in units
+            builder.add([work.sequences[i] for i in unit.sequences]) for work, unit in units
         ]
         self.running = Running(builder.examples(), shapes, first=True, short_end=True)
 
-    def fill(self) -> None:
-        """Writes the scores where they are waited for."""
+    def scores(self) -> Iterator[tuple[Work, Unit, list[Scored]]]:
+        """Each unit with the scores of its sequences, once all are there."""
         for (work, unit), places in zip(self.units, self._places, strict=True):
-            for i, place in zip(unit.sequences, places, strict=True):
-                work.scores[unit.question][i] = self.running[place]
+            yield work, unit, [self.running[place] for place in places]
 
 
 def trial_batches(shapes: Sequence[BatchShape]) -> Iterator[RowBatch]:

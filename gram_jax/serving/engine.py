@@ -45,10 +45,9 @@ class Engine:
       batcher: the thread that computes.
     """
 
-    def __init__(self, scorer: Scorer, ended: Callable[[], None] = lambda: None) -> None:
-        """``ended`` is called by the device thread when it ends, asked to or not."""
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self.batcher = Batcher(scorer, ended)
+        self.batcher = Batcher(scorer)
         # Tokenisers let other threads run; templates do not.
         threads = max(1, min(4, (os.cpu_count() or 1) // 2))
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tokenise")
@@ -92,7 +91,7 @@ class Engine:
 
     def _answer(self, work: Work, number: int) -> Answer:
         encoded = work.encoded[number]
-        scores = [score for score in work.scores[number] if score is not None]
+        scores = work.scores(number)
         numbers = [score.score for score in scores]
         found = verdict(self.scorer.settings, encoded, numbers)
         if not np.all(np.isfinite(numbers)):

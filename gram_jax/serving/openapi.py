@@ -213,7 +213,9 @@ def _routes(service: Service) -> list[tuple[str, str, Schema, Schema]]:
         _object(
             {
                 "input": _either(_text(), ids, _list(_either(_text(), ids), items, 1)),
-                "encoding_format": {"const": "float"}, "task": _text(), **_ACTIVATION, **_COMMON,
+                "encoding_format": {"const": "float"}, "task": _text(),
+                "add_special_tokens": _flag("BOS before a text; by default yes."),
+                **_ACTIVATION, **_COMMON,
             },
             required=["input"],
         ),

@@ -2,10 +2,10 @@
 
   POST /get_reward {"query": [text, ...], "prompts": [...], "labels": [...]}
 
-A query is split where its prompt ends; one that has no prompt, or does not begin with it, is a text
-without a prompt (`gram_jax.serving.texts`), and ``extra_logs`` marks it. A judge compares each
-query's response with its label, a reference answer, and the reward is p(it is better). Other
-fields are not read: versions of the client add their own.
+A query is split where its prompt ends, whether or not BOS is spelt out before it. One that has no
+prompt, or does not begin with it, is a text without a prompt (`gram_jax.serving.texts`), and
+``extra_logs`` marks it. A judge compares each query's response with its label, a reference answer,
+and the reward is p(it is better). Other fields are not read: versions of the client add their own.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ def _reward(answer: Answer) -> float:
 def _encode(
     service: Service, queries: list[str], prompts: list[Any], labels: list[Any]
 ) -> tuple[list[Encoded], list[bool]]:
-    scorer = service.engine.scorer
+    encoder = service.engine.scorer.encoder
+    bos = encoder.tokenizer.special_tokens.get("bos_token", "")
     found, unsplit = [], []
     for i, query in enumerate(queries):
         field = f"query[{i}]"
         prompt = prompts[i] if prompts and isinstance(prompts[i], str) else None
-        parts = split_text(query, prompt)
+        parts = split_text(query, prompt, bos)
         unsplit.append(parts is None)
         if service.kind == "judge":
             label = _text(labels[i] if labels else None, f"labels[{i}]")
@@ -82,7 +83,7 @@ def _encode(
             found.append(service.encode(asked))
         else:
             try:
-                found.append(encode_text(scorer.encoder, query, field))
+                found.append(encode_text(encoder, query, field))
             except UserError as error:
                 raise invalid(field, str(error)) from None
     return found, unsplit

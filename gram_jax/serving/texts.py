@@ -20,15 +20,20 @@ from gram_jax.rows import IntArray
 from gram_jax.serving.errors import invalid
 
 
-def split_text(text: str, prompt: str | None) -> tuple[str, str] | None:
-    """The prompt and the response of a text that begins with its prompt, else None."""
-    if prompt and len(text) > len(prompt) and text.startswith(prompt):
-        return prompt, text[len(prompt) :]
+def split_text(text: str, prompt: str | None, bos: str = "") -> tuple[str, str] | None:
+    """The prompt and the response of a text that begins with its prompt, else None.
+
+    A ``bos`` that the text spells out before its prompt is passed over: prompts get one anyway.
+    """
+    for before in ("", bos):
+        whole = f"{before}{prompt}"
+        if prompt and len(text) > len(whole) and text.startswith(whole):
+            return prompt, text[len(whole) :]
     return None
 
 
-def encode_text(encoder: Encoder, text: str, field: str) -> Encoded:
-    """A text without a prompt.
+def encode_text(encoder: Encoder, text: str, field: str, *, special: bool = True) -> Encoded:
+    """A text without a prompt; without ``special``, nothing is put before it.
 
     Raises:
       RequestError: it is empty, or too long; or it needs something before it, and there is nothing.
@@ -36,11 +41,11 @@ def encode_text(encoder: Encoder, text: str, field: str) -> Encoded:
     """
     tokenizer = encoder.tokenizer
     add_eos = encoder.add_eos and encoder.reading != "judge"
-    ids = tokenizer.encode_prompt(text)
+    ids = tokenizer.encode_prompt(text, rendered=not special)
     if add_eos:
         end = tokenizer.encode_response("", add_eos=True)
         ids = ids if ids[-len(end) :] == end else [*ids, *end]
-    before = len(tokenizer.prefix_ids)
+    before = len(tokenizer.prefix_ids) if special else 1
     if not before and encoder.reading == "likelihood":
         raise invalid(
             field,

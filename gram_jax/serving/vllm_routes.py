@@ -211,7 +211,7 @@ async def _whole(service: Service, body: dict[str, Any]) -> list[Answer]:
     if "messages" in body:
         only_fields(body, ("messages", *_COMMON))
         return await service.ask([_conversation(service, body["messages"])])
-    only_fields(body, ("input", "encoding_format", "task", *_COMMON))
+    only_fields(body, ("input", "encoding_format", "task", "add_special_tokens", *_COMMON))
     if body.get("encoding_format", "float") != "float":
         raise RequestError("not_supported", "numbers are written as such", field="encoding_format")
     inputs = body.get("input")
@@ -220,12 +220,15 @@ async def _whole(service: Service, body: dict[str, Any]) -> list[Answer]:
     else:
         inputs = listed(body, "input", service.limits.items, "texts")
         fields = [f"input[{i}]" for i in range(len(inputs))]
-    encoded = await service.engine.aside(_encode_inputs, service, inputs, fields)
+    special = body.get("add_special_tokens") is None or flag(body, "add_special_tokens")
+    encoded = await service.engine.aside(_encode_inputs, service, inputs, fields, special)
     service.unsplit += len(encoded)
     return await service.compute(encoded, fields)
 
 
-def _encode_inputs(service: Service, inputs: Sequence[Any], fields: Sequence[str]) -> list[Encoded]:
+def _encode_inputs(
+    service: Service, inputs: Sequence[Any], fields: Sequence[str], special: bool
+) -> list[Encoded]:
     encoder = service.engine.scorer.encoder
     found = []
     for value, field in zip(inputs, fields, strict=True):
@@ -235,7 +238,7 @@ def _encode_inputs(service: Service, inputs: Sequence[Any], fields: Sequence[str
             continue
         text = _checked(value, field)
         try:
-            found.append(encode_text(encoder, text, field))
+            found.append(encode_text(encoder, text, field, special=special))
         except UserError as error:
             raise invalid(field, str(error)) from None
     return found

@@ -28,7 +28,7 @@ test: .venv/installed-test lint
 
 # Other people's programs with our rewards, each in an environment of its own (docs/clients.md).
 test-clients: .venv/installed-test
-	tests/clients/environments.sh
+	PYTHON=$(BIN)/python tests/clients/environments.sh
 	$(BIN)/python -m pytest -rs tests/clients
 
 lint: .venv/installed-test

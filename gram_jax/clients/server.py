@@ -135,7 +135,7 @@ class Server:
                     raise _Refused(reason, field) from None
                 if error.code not in (429, 503):
                     raise UserError(f"{self._url}{path}: {error.code}, {reason}") from None
-                wait = float(error.headers.get("Retry-After") or wait)
+                wait = _seconds(error.headers.get("Retry-After"), wait)
                 problem = f"{error.code}, {reason}"
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
@@ -178,6 +178,11 @@ def _fault(error: urllib.error.HTTPError) -> tuple[str, str]:
         return str(said["message"]), str(said.get("field") or "")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return str(error.reason), ""
+
+
+def _seconds(value: str | None, otherwise: float) -> float:
+    """A Retry-After in seconds; a proxy may send a date instead."""
+    return float(value) if value and value.isdecimal() else otherwise
 
 
 def _question_error(refused: _Refused, parts: Sequence[_Part]) -> QuestionError:

@@ -2,6 +2,7 @@
 #   make quickstart   install, then pretrain, fine-tune, score and export a small reward model
 #   make bench        install, then measure speed beside transformers (DATA=FOLDER: on that text)
 #   make test         install, then lint, type check and all tests
+#   make test-clients install TRL, Tunix and others beside, and run them with our rewards
 #   make docs         install, then build the site of docs/ in build/site
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +16,7 @@ BEAM := apache-beam==2.77.0 beartype==0.22.9 cffi==2.1.1 cryptography==50.0.2 dn
 	fastavro==1.13.1 fasteners==0.20 grpcio==1.85.3 httplib2==0.32.1 jsonpickle==4.1.4 \
 	objsize==0.7.1 proto-plus==1.29.0 pycparser==3.12 pymongo==4.20.1 pytz==2026.6 zstandard==0.25.0
 
-.PHONY: quickstart test lint docs bench clean
+.PHONY: quickstart test test-clients lint docs bench clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m gram_jax.quickstart
@@ -25,6 +26,11 @@ MOUNTS := unshare -rm mount -t tmpfs -o size=1m tmpfs /tmp
 
 test: .venv/installed-test lint
 	GRAM_JAX_NO_MOUNTS=$$($(MOUNTS) 2>/dev/null || echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Other people's programs with our rewards, each in an environment of its own (docs/clients.md).
+test-clients: .venv/installed-test
+	PYTHON=$(BIN)/python tests/clients/environments.sh
+	$(BIN)/python -m pytest -rs tests/clients
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

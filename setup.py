@@ -66,6 +66,11 @@ setup(
             "types-tqdm",
             "uvicorn>=0.40",
         ],
+        # Whose functions are called by, or call, gram_jax.clients (docs/clients.md).
+        "lm-eval": ["lm-eval>=0.4.13"],
+        "trl": ["trl>=1.16"],
+        # In an environment of its own: it needs safetensors before 0.8.
+        "tunix": ["google-tunix>=0.1.7"],
         "serve": ["prometheus-client", "starlette>=1.0", "uvicorn>=0.40"],
         # In an environment of its own: it needs older versions of four packages than
         # constraints.txt has (docs/preparing.md).

@@ -50,6 +50,7 @@ class Scored(NamedTuple):
       score: sum over its tokens of log p(token given all before it); or the judge's or the head's.
       num_tokens: how many tokens were added up; 1 for a judge and a head.
       token_logprobs: float32 [num_tokens], or None where they were not asked for.
+      greedy: each token is the likeliest at its place; None where token_logprobs is.
     """
 
     key: int
@@ -57,6 +58,7 @@ class Scored(NamedTuple):
     score: float
     num_tokens: int
     token_logprobs: FloatArray | None
+    greedy: bool | None = None
 
 
 class BatchShape(NamedTuple):
@@ -89,22 +91,23 @@ class EngineCounts:
 @functools.partial(jax.jit, static_argnames=("readout", "per_token"))
 def score_rows(
     model: Decoder, batch: Batch, readout: Readout, per_token: bool = False
-) -> tuple[SequenceScores, jax.Array | None]:
+) -> tuple[SequenceScores, tuple[jax.Array, jax.Array] | None]:
     """Scores of the sequences of B rows.
 
     Args:
       model: a decoder.
       batch: rows with ``sequence_ids``, or ``readout_index``; padding rows are allowed.
       readout: what a score is.
-      per_token: also return the log-prob of each target.
+      per_token: also return the log-prob of each target, and whether it is the likeliest token.
 
     Returns:
-      SequenceScores of [B, S], and float32 [B, M] or None; on a mesh, whole on every device. Absent
-      sequences count 0 tokens; unused target slots hold finite numbers that mean nothing.
+      SequenceScores of [B, S], and (float32, bool) of [B, M] or None; on a mesh, whole on every
+      device. Absent sequences count 0 tokens; unused target slots hold finite numbers that mean
+      nothing.
     """
     found = read(model, batch, readout)
-    logprob_bm = found.tokens.logprob if per_token and found.tokens else None
-    return jax.tree.map(whole, (found.scores, logprob_bm))
+    tokens = (found.tokens.logprob, found.tokens.likeliest) if per_token and found.tokens else None
+    return jax.tree.map(whole, (found.scores, tokens))
 
 
 def scoring_shape(row_length: int, reading: str = "likelihood") -> RowShape:
@@ -258,18 +261,22 @@ def _assemble(rows: Sequence[PackedRow], shape: BatchShape) -> Batch:
 
 
 def _fetch(
-    rows: Sequence[PackedRow], result: tuple[SequenceScores, jax.Array | None]
+    rows: Sequence[PackedRow],
+    result: tuple[SequenceScores, tuple[jax.Array, jax.Array] | None],
 ) -> list[Scored]:
     """Waits for a batch and names its numbers."""
-    (score_bs, num_tokens_bs), logprob_bm = jax.device_get(result)
+    (score_bs, num_tokens_bs), tokens_bm = jax.device_get(result)
     scored = []
     for b, row in enumerate(rows):
         slot = 0
         for s, (key, response) in enumerate(row.origins):
             n = int(num_tokens_bs[b, s])
             # Sequences fill the target slots one after the other.
-            tokens = None if logprob_bm is None else logprob_bm[b, slot : slot + n]
-            scored.append(Scored(key, response, float(score_bs[b, s]), n, tokens))
+            logprobs, greedy = None, None
+            if tokens_bm is not None:
+                logprobs, likeliest = (x[b, slot : slot + n] for x in tokens_bm)
+                greedy = bool(likeliest.all())
+            scored.append(Scored(key, response, float(score_bs[b, s]), n, logprobs, greedy))
             slot += n
     return scored
 

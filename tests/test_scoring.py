@@ -136,6 +136,18 @@ def test_scores_are_those_of_transformers_run_alone(model, examples, expected):
         np.testing.assert_allclose(score.token_logprobs, peer_logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_what_the_peer_writes_greedily_is_called_greedy(model, peer, examples):
+    prompt = torch.tensor(examples[0].prompt[None], dtype=torch.long)
+    with torch.inference_mode():
+        written = peer.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    greedy = written[0, prompt.shape[1] :].numpy().astype(np.int32)
+    other = greedy.copy()
+    other[5] = (other[5] + 1) % 400
+    example = Example(examples[0].prompt, (greedy, other, greedy[:3]), key=0)
+    found = score_examples(model, [example], SHAPE, 1, per_token=True)
+    assert {score.response: score.greedy for score in found} == {0: True, 1: False, 2: True}
+
+
 @pytest.mark.parametrize(("row_length", "batch_rows"), [(256, 1), (256, 3), (400, 4)])
 def test_scores_do_not_depend_on_the_shape(model, examples, alone, row_length, batch_rows):
     found = score_examples(model, examples, scoring_shape(row_length), batch_rows, window=16)

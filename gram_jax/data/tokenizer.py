@@ -170,6 +170,8 @@ class Tokenizer:
         config = {name: value for name, value in self._config.items() if name not in dropped}
         # Any other class may rebuild the tokenizer by its own rules; this one takes it as it is.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Of this class transformers 4 expects token_type_ids, too, which decoders refuse.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         _write_text(folder / "tokenizer.json", self._content)
         _write_text(folder / "tokenizer_config.json", text + "\n")

@@ -107,7 +107,12 @@ def test_the_rest_of_a_foreign_configuration_is_kept(folder, tmp_path_factory):
     saved = json.loads((second / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert saved["model_max_length"] == 77
+    assert saved["model_input_names"] == ["input_ids", "attention_mask"]
     assert "auto_map" not in saved
+    edit(config, model_input_names=["input_ids"])
+    Tokenizer.load(folder).save(second)
+    saved = json.loads((second / "tokenizer_config.json").read_text())
+    assert saved["model_input_names"] == ["input_ids"]
 
 
 def test_special_tokens_are_text_objects_or_in_the_map_file(folder):

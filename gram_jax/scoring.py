@@ -144,6 +144,14 @@ def batch_shapes(
     return shapes[::-1]
 
 
+def doubling(shapes: Sequence[BatchShape]) -> list[BatchShape]:
+    """Of the shapes of `batch_shapes` those that hold twice the places of the one before, where
+    compiling all of them would take too long."""
+    kept = [shapes[-1]]
+    kept += (shape for shape in shapes[-2::-1] if 2 * shape.places <= kept[-1].places)
+    return kept[::-1]
+
+
 def score_examples(
     model: Decoder,
     examples: Iterable[Example],

@@ -29,6 +29,7 @@ from gram_jax.scoring import (
     Running,
     _assemble,
     batch_shapes,
+    doubling,
     score_batches,
     score_examples,
     score_rows,
@@ -227,6 +228,12 @@ def test_small_batches_have_fewer_rows_and_then_shorter_ones():
     assert sizes(1024, 1, "judge", context) == [*short, (1, 1024)]
     assert sizes(600, 1, "head", context) == [(1, 300), (1, 600)]
     assert sizes(64, 3) == [(3, 64)]
+
+
+def test_of_many_shapes_those_that_double_can_be_taken():
+    found = [(size, row.tokens) for row, size in doubling(batch_shapes(1024, 4))]
+    assert found == [(1, 256), (1, 512), (1, 1024), (2, 1024), (4, 1024)]
+    assert doubling(batch_shapes(64, 3)) == batch_shapes(64, 3)
 
 
 def test_a_batch_between_two_sizes_is_padded_by_a_quarter_at_most():

@@ -27,7 +27,7 @@ from gram_jax.encoding import BlockBuilder, Encoded
 from gram_jax.packing import PackCounts, pack
 from gram_jax.rows import Example, IntArray
 from gram_jax.scorer import Scorer
-from gram_jax.scoring import BatchShape, RowBatch, Running, Scored
+from gram_jax.scoring import BatchShape, RowBatch, Running, Scored, doubling
 
 _UNITS = 2
 """Units of a large question that fill a batch: what other requests wait for, at most."""
@@ -131,7 +131,7 @@ class Batcher:
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
+        self.scorer, self._shapes = scorer, doubling(scorer.shapes)
         self.ready = False
         self.failure: BaseException | None = None
         self.waiting_tokens = self.dropped = 0
@@ -197,7 +197,7 @@ class Batcher:
 
     def _compile(self) -> None:
         """Runs every kind of batch once."""
-        for batch in trial_batches(self.scorer.shapes):
+        for batch in trial_batches(self._shapes):
             if self._stopping:
                 return
             watchdog.progress()
@@ -223,11 +223,11 @@ class Batcher:
         """Computes what waits; the next batch is packed meanwhile if there is enough for one."""
         groups: collections.deque[_Group] = collections.deque()
         started, computed = time.monotonic(), 0
-        places = self.scorer.shapes[-1].places
+        places = self._shapes[-1].places
 
         def batches() -> Iterator[RowBatch]:
             while units := self._take():
-                groups.append(_Group(units, self.scorer.shapes))
+                groups.append(_Group(units, self._shapes))
                 yield from groups[-1].running.batches
                 if self.waiting_tokens < places:
                     return  # what comes until this batch is done goes into the next one
@@ -244,7 +244,7 @@ class Batcher:
         """The units of the next batch: one of each request in turn, until no more fit."""
         found: list[tuple[Work, Unit]] = []
         with self._changed:
-            sizes = [shape.places for shape in self.scorer.shapes]
+            sizes = [shape.places for shape in self._shapes]
             room = max((s for s in sizes if s <= self.waiting_tokens), default=sizes[0])
             passed: list[Work] = []
             while self._turns and room > 0 and len(passed) < _PASSED_OVER:

@@ -45,8 +45,8 @@ docs: .venv/installed-test
 
 # The peers' libraries, too, so that both sides are timed on one machine; docs/performance.md says
 # what is measured. Nothing else should run meanwhile.
-BENCHMARKS := loading memory 'input --repetitions=3' scoring 'scoring --shape=301M' shared_prefix judge pretraining \
-	finetuning preferences
+BENCHMARKS := 'loading --repetitions=3' memory 'input --repetitions=2' scoring \
+	'scoring --shape=301M' shared_prefix judge pretraining finetuning preferences
 
 bench: .venv/installed-test
 	for benchmark in $(BENCHMARKS); do \

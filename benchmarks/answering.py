@@ -28,6 +28,7 @@ def measure(
     goal: float,
     reading: str = "likelihood",
     labels: Sequence[int] = (),
+    half: bool = True,
 ) -> None:
     """Measures, prints and writes.
 
@@ -36,10 +37,10 @@ def measure(
       setting: the model and its text.
       asked: the questions.
       case: name and description of what is measured.
-      variants: of the peer; the first is the one that ``goal`` is about. It is shown in bfloat16,
-        too, where the processor has instructions for it.
+      variants: of the peer; the first is the one that ``goal`` is about.
       goal: how many times as quick as the peer.
       reading: what gram_jax reads; with "judge", ``labels`` are the ids of the judge's labels.
+      half: show the first variant in bfloat16, too, where the processor has instructions for it.
     """
     workloads.save(questions := setting.scratch / "questions.json", asked)
     both = {"model": str(setting.model), "questions": str(questions)}
@@ -48,7 +49,7 @@ def measure(
         Worker("peer:Scoring", **both, labels=list(labels), half=variants[0]) as peer,
     ):
         peak = measure_peak(ours, peer, setting.peak_size)
-        if has_bfloat16(peak):
+        if half and has_bfloat16(peak):
             variants = [*variants, BFLOAT16]
         timings, difference = compare(
             ours,

@@ -12,12 +12,16 @@ the gradient norm of the first. Counted are pairs.
 
 from __future__ import annotations
 
+from absl import flags
+
 from benchmarks import needed, training, workloads
 from benchmarks.command import finish, is_small, setting
 from benchmarks.harness import OURS, speed_target
 from benchmarks.results import Case
 from gram_jax import entry
 from gram_jax.config import ObjectiveConfig
+
+_HALF = flags.DEFINE_bool("bfloat16", False, "Show the peer in bfloat16, too.")
 
 TARGET = 3.0
 PAIRS, PROMPT, RESPONSE = 4, 256, 128
@@ -44,6 +48,7 @@ def main(_: list[str]) -> None:
             work=pairs,
             unit="pairs",
             flops={OURS: needed.BACKWARD * once, "peer": needed.BACKWARD * twice},
+            half=_HALF.value,
         )
     case = Case(
         name="56M",

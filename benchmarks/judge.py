@@ -21,7 +21,7 @@ from gram_jax.data.judge import JudgeTemplate, label_ids
 from gram_jax.encoding import Encoder
 
 TARGET = 1.5
-COMPARISONS, QUESTION, RESPONSE = 4, 256, 280
+COMPARISONS, QUESTION, RESPONSE = 5, 256, 280
 
 
 def main(_: list[str]) -> None:

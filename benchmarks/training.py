@@ -23,6 +23,7 @@ def measure(
     work: int,
     unit: str,
     flops: dict[str, float],
+    half: bool = True,
 ) -> tuple[dict[str, float], list[Timing], float]:
     """Steps on one batch, always the same; the loss of each must agree, and the first's gradients.
 
@@ -33,6 +34,7 @@ def measure(
       row_length: of gram_jax's rows; 0 = the default.
       work, unit: what a step does, and in what.
       flops: that a step of each side needs.
+      half: show the peer in bfloat16, too, where the processor has instructions for it.
 
     Returns:
       FLOP/s of matrix products by library, the timings, and the largest difference of any number.
@@ -49,9 +51,9 @@ def measure(
         peer = stack.enter_context(Worker("peer:Training", **theirs))
         peak = measure_peak(ours, peer, setting.peak_size)
         peers = {"peer": (peer, "plain")}
-        if has_bfloat16(peak):  # with weights of its own, as a step changes them
-            half = stack.enter_context(Worker("peer:Training", **theirs))
-            peers[BFLOAT16] = (half, BFLOAT16)
+        if half and has_bfloat16(peak):  # with weights of its own, as a step changes them
+            other = stack.enter_context(Worker("peer:Training", **theirs))
+            peers[BFLOAT16] = (other, BFLOAT16)
         timings, difference = compare(
             ours,
             peers,

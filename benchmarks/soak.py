@@ -117,7 +117,7 @@ def requests(scorer: Scorer, asked: Sequence[workloads.Asked]) -> list[Good]:
         a, b = (str(response) for response in question.responses)
         numbers = tuple(reward for reward in ranked.ranking.rewards if reward is not None)
         both = {"prompt": prompt, "responses": [a, b]}
-        bodies = {
+        bodies: dict[str, list[dict[str, Any]]] = {
             "/gram/v1/score": [both, {"items": [both]}, both | {"tokens": True}],
             "/gram/v1/rank": [both],
             "/gram/v1/compare": [{"prompt": prompt, "a": a, "b": b}],

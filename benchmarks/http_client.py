@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Self
 
 from benchmarks.command import is_small
 from benchmarks.harness import ROOT
+from benchmarks.workloads import LONGEST
 from gram_jax.errors import UserError
 
 
@@ -139,9 +140,14 @@ def _pass_on(stream: Any) -> None:
         sys.stderr.write(f"  server: {line}")
 
 
+def row() -> int:
+    """Tokens of the server's rows, and so of the longest sequence."""
+    return 512 if is_small() else LONGEST
+
+
 def server_flags() -> list[str]:
-    """None, unless little is to be done: fewer shapes to compile."""
-    return ["--row_length=2048", "--batch_rows=1"] if is_small() else []
+    """None, unless little is to be done: few shapes to compile."""
+    return [f"--row_length={row()}", "--batch_rows=1"] if is_small() else []
 
 
 @contextlib.contextmanager

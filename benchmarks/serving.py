@@ -19,7 +19,7 @@ from absl import flags
 from benchmarks import workloads
 from benchmarks.command import finish, is_small, setting
 from benchmarks.harness import TOLERANCE, Worker, say
-from benchmarks.http_client import Reply, load, server_flags, serving
+from benchmarks.http_client import Reply, load, row, server_flags, serving
 from benchmarks.results import Case, Target, Timing, largest_difference, ratio
 from gram_jax import entry
 from gram_jax.encoding import Encoder
@@ -42,7 +42,7 @@ def main(_: list[str]) -> None:
         encoder = Encoder(
             tokenizer=s.tokenizer, reading="likelihood", max_length=s.config.max_position
         )
-        asked = workloads.separate_pairs(s.data, encoder, tokens)
+        asked = workloads.separate_pairs(s.data, encoder, tokens, row())
         work = workloads.num_tokens(asked)
         say(f"{len(asked)} pairs, {work:,} tokens, {_CLIENTS.value} clients")
         workloads.save(questions := s.scratch / "questions.json", asked)

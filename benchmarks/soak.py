@@ -25,7 +25,7 @@ from absl import flags
 from benchmarks import workloads
 from benchmarks.command import setting
 from benchmarks.harness import say
-from benchmarks.http_client import Connection, RunningServer, head, server_flags, serving
+from benchmarks.http_client import Connection, RunningServer, head, row, server_flags, serving
 from gram_jax import entry
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
@@ -232,7 +232,7 @@ def main(_: list[str]) -> None:
         encoder = Encoder(
             tokenizer=s.tokenizer, reading="likelihood", max_length=s.config.max_position
         )
-        asked = workloads.separate_pairs(s.data, encoder, _TOKENS.value)
+        asked = workloads.separate_pairs(s.data, encoder, _TOKENS.value, row())
         goods = requests(Scorer(load_model(s.model, ComputeConfig()), RewardSettings()), asked)
         say(f"{len(goods)} requests of {len(asked)} pairs, {_CLIENTS.value} clients")
         seen = Seen()

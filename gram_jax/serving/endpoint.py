@@ -31,12 +31,19 @@ CLIENT_GONE = 499
 """Status in metrics of a request whose client did not wait; nothing is sent."""
 
 
+_LARGE = 1 << 14
+"""Bytes of a body whose answer may be so long that others would wait while it is written."""
+
+
 def json_response(
     content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
     """JSON, with numbers that JSON has."""
-    body = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return Response(body, status, headers, "application/json")
+    return Response(_dump(content), status, headers, "application/json")
+
+
+def _dump(content: dict[str, Any]) -> str:
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 
 def error_response(error: RequestError) -> Response:
@@ -86,7 +93,7 @@ async def _answer(service: Service, handler: Handler, request: Request, ticket: 
     try:
         await asyncio.wait({work, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            return json_response(work.result())
+            return work.result()
         if gone.done():
             raise ClientDisconnect
         reason = f"no answer within {seconds:g} s; send less at once, or try again later"
@@ -97,9 +104,13 @@ async def _answer(service: Service, handler: Handler, request: Request, ticket: 
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _handle(service: Service, handler: Handler, body: bytes) -> dict[str, Any]:
+async def _handle(service: Service, handler: Handler, body: bytes) -> Response:
     try:
-        return await handler(service, await service.engine.aside(parse_object, body))
+        answer = await handler(service, await service.engine.aside(parse_object, body))
+        if len(body) < _LARGE:
+            return json_response(answer)
+        text = await service.engine.aside(_dump, answer)
+        return Response(text, media_type="application/json")
     except (RequestError, asyncio.CancelledError):
         raise
     except DeviceError:

@@ -17,6 +17,8 @@ from gram_jax.scoring import FloatArray
 from gram_jax.serving.batching import Batcher, Work
 
 _T = TypeVar("_T")
+_ENCODED_AT_ONCE = 16
+"""Questions of a request that are tokenised before another request has its turn."""
 
 
 class NotFiniteError(QuestionError):
@@ -61,7 +63,12 @@ class Engine:
           QuestionError: the first question that has no answer.
           Exception: whatever ended the device thread.
         """
-        return await self.compute(await self.aside(self._encode, questions))
+        encoded: list[Encoded] = []
+        while len(encoded) < len(questions):  # others have their turn in between
+            first = len(encoded)
+            some = questions[first : first + _ENCODED_AT_ONCE]
+            encoded += await self.aside(self._encode, some, first)
+        return await self.compute(encoded)
 
     async def compute(self, encoded: Sequence[Encoded]) -> list[Answer]:
         """`ask` for what is encoded already."""
@@ -86,8 +93,8 @@ class Engine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, *arguments)
 
-    def _encode(self, questions: Sequence[Question]) -> list[Encoded]:
-        return [self.scorer.encode(question, place) for place, question in enumerate(questions)]
+    def _encode(self, questions: Sequence[Question], first: int) -> list[Encoded]:
+        return [self.scorer.encode(question, k) for k, question in enumerate(questions, first)]
 
     def _answer(self, work: Work, number: int) -> Answer:
         encoded = work.encoded[number]

@@ -61,8 +61,7 @@ class Admission:
             raise RequestError(
                 "stopping", "the server is stopping and takes no more requests", retry_after=5
             )
-        held = _BODIES * self.limits.body_bytes
-        if self.requests >= self.limits.waiting or self.bytes >= held:
+        if self.requests >= self.limits.waiting:
             raise RequestError(
                 "queue_full",
                 f"{self.requests} requests are waiting already; try again later",
@@ -79,9 +78,16 @@ class Ticket:
         admission.requests += 1
 
     def hold(self, size: int) -> None:
-        """Says that so many bytes more have been read."""
+        """Says that so many bytes more have been read.
+
+        Raises:
+          RequestError: those of all requests are more than may be held.
+        """
         self._bytes += size
         self._admission.bytes += size
+        if self._admission.bytes > _BODIES * self._admission.limits.body_bytes:
+            reason = "the bodies that wait already are too large together; try again later"
+            raise RequestError("queue_full", reason, retry_after=1)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ from typing import Any
 from gram_jax.data.sources import require_prompt, require_response
 from gram_jax.errors import DataError
 from gram_jax.evaluation import win_probability
-from gram_jax.ranking import Ranked, rank
+from gram_jax.ranking import Ranked, comparisons, rank
 from gram_jax.scorer import Question, Verdict, judge_probability
 from gram_jax.scoring_input import Candidates, candidates_of, judged
 from gram_jax.serving.bodies import flag, listed, only_fields, positive
@@ -87,6 +87,7 @@ async def ranked_by(service: Service, asked: Sequence[Asked]) -> tuple[list[Rank
       The rankings, and the answers that they come from.
     """
     if service.kind == "judge":
+        _check_comparisons(service, asked)
         asked = [
             one._replace(question=one.question._replace(pairs=_all_pairs(one.question)))
             for one in asked
@@ -108,6 +109,19 @@ class _Answered:
     def score(self, questions: Iterable[Question]) -> Iterator[Verdict]:
         for _, found in zip(questions, self._verdicts, strict=True):
             yield found
+
+
+def _check_comparisons(service: Service, asked: Sequence[Asked]) -> None:
+    """Comparisons are the questions of a judge."""
+    for one in asked:
+        n = len(one.question.responses)
+        made = comparisons("round_robin", n)
+        if made > service.limits.items:
+            raise invalid(
+                one.fields[0].split("[")[0],
+                f"holds {n}, which a judge ranks by {made} comparisons; this server makes at most"
+                f" {service.limits.items} a request",
+            )
 
 
 def _all_pairs(question: Question) -> list[tuple[int, int]]:

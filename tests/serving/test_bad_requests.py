@@ -106,7 +106,10 @@ def test_bad_requests_name_their_fault_and_good_ones_beside_them_are_answered(se
 
 def test_what_a_judge_cannot_do_says_what_it_can(judge):
     ids = list(judge.service.engine.scorer.readout.labels)
+    fifty = [f"number {i}" for i in range(50)]
     refused = [
+        (RANK, {"prompt": "x", "responses": fifty}, "responses", "1225 comparisons"),
+        ("/rerank", {"query": "x", "documents": fifty}, "documents", "1225 comparisons"),
         (SCORE, {"prompt": "x", "response": "a"}, "response", "compares two"),
         (SCORE, {"prompt": "x", "responses": ["a"] * 3}, "responses", "/gram/v1/rank"),
         (SCORE, GOOD | {"tokens": True}, "tokens", "no log-probs"),

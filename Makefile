@@ -24,7 +24,9 @@ quickstart: .venv/installed
 # Where a process may not mount a disk of its own, the tests on a full one are left out, and say so.
 MOUNTS := unshare -rm mount -t tmpfs -o size=1m tmpfs /tmp
 
+# TRL, lm-evaluation-harness and OpenRLHF's client lie in an environment on top of .venv.
 test: .venv/installed-test lint
+	PYTHON=$(BIN)/python tests/clients/environments.sh huggingface
 	GRAM_JAX_NO_MOUNTS=$$($(MOUNTS) 2>/dev/null || echo 1) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Other people's programs with our rewards, each in an environment of its own (docs/clients.md).

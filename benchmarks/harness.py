@@ -226,12 +226,12 @@ def has_bfloat16(peak: dict[str, float]) -> bool:
 
 
 def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:
-    """FLOP/s of float32 matrix products of this size, by library, and PyTorch's in bfloat16."""
+    """FLOP/s of matrix products of this size, by library, in float32 and in bfloat16."""
     ours.ready()
     peer.ready()
-    (xla,) = ours.call("peak", size).numbers
-    plain, half = peer.call("peak", size).numbers
-    peak = {"XLA": xla, "PyTorch": plain, "PyTorch bfloat16": half}
+    peak = {}
+    for name, side in (("XLA", ours), ("PyTorch", peer)):
+        peak[name], peak[f"{name} bfloat16"] = side.call("peak", size).numbers
     found = ", ".join(f"{name} {value / 1e9:.3g} GFLOP/s" for name, value in peak.items())
     say(f"  matrix products: {found}")
     return peak

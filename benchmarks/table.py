@@ -34,7 +34,7 @@ def text(result: Result) -> str:
             ]
     if result.peak:
         found = ", ".join(f"{value / 1e9:.3g} ({name})" for name, value in result.peak.items())
-        lines += ["", f"matrix products, GFLOP/s, float32 but for the last: {found}"]
+        lines += ["", f"matrix products, GFLOP/s, float32 where nothing is said: {found}"]
     if any(case.targets for case in result.cases):
         lines += ["", targets([result]).text()]
     return "\n".join(lines)

@@ -242,8 +242,8 @@ def test_a_batch_between_two_sizes_is_padded_by_a_quarter_at_most():
 
 
 def test_a_small_input_is_computed_in_a_small_batch_with_equal_scores(model, examples, alone):
-    def score(some, **options):
-        running = Running(some, batch_shapes(1024, 4), **options)
+    def score(some, row_length=1024, **options):
+        running = Running(some, batch_shapes(row_length, 4), **options)
         for scores in score_batches(model, running.batches):
             running.add(scores)
         assert not running.missing
@@ -259,6 +259,10 @@ def test_a_small_input_is_computed_in_a_small_batch_with_equal_scores(model, exa
     assert score(few, first=True) < 2 * max(tokens, 256) <= 1024
     assert score(few) == 4 * 1024
     assert score(examples, first=True) % 4096 == 0
+    rows = [len(list(pack(examples[:n], SHAPE))) for n in range(len(examples) + 1)]
+    n = max(n for n, found in enumerate(rows) if found > 4 and found % 4 == 1)
+    assert score(examples[:n], 256, short_end=True) == rows[n] * 256
+    assert score(examples[:n], 256) == (rows[n] + 3) * 256
 
 
 def shapes_in(jaxpr):

@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import peer_tokenizers
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,6 +56,19 @@ def test_every_text_comes_back_from_its_ids(trained):
     for text in TEXTS:
         assert trained.decode(trained.encode_response(text, add_eos=False)) == text
         assert trained.decode(trained.encode_prompt(text), skip_special_tokens=False) == BOS + text
+
+
+@pytest.mark.parametrize("name", ["ours", *peer_tokenizers.SPECIALS])
+def test_pieces_of_a_text_are_one_a_token_and_join_to_it(name, trained, corpus):
+    tokenizer = trained if name == "ours" else peer_tokenizers.make(name, corpus)
+    for text in [*TEXTS, "Größe: ½ 😀 naïve\n  日本 \ufffd é", "😀" * 5]:
+        ids = tokenizer.encode_response(text)
+        pieces = tokenizer.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+    words = tokenizer.encode_response("a list of things", add_eos=False)
+    assert all(tokenizer.pieces(words))
+    assert tokenizer.pieces([]) == []
 
 
 def test_ids_are_those_of_transformers(folder, trained):

@@ -35,12 +35,12 @@ def test_a_key_opens_and_nothing_else_does(locked):
         assert sent["www-authenticate"] == "Bearer"
     for path in ("/gram/v1/model", "/metrics", "/nowhere"):
         assert locked.request("GET", path)[0] == 401
-    for path in ("/health", "/ready", "/docs", "/openapi.json", "/page/docs.css"):
+    for path in ("/", "/health", "/ready", "/docs", "/openapi.json", "/page/docs.css"):
         assert locked.request("GET", path)[0] == 200, path
 
 
 def test_browsers_may_load_nothing_from_elsewhere(likelihood):
-    for path in ("/docs", "/page/docs.css", "/health", "/nowhere"):
+    for path in ("/", "/docs", "/page/docs.css", "/health", "/nowhere"):
         headers = likelihood.request("GET", path)[2]
         policy = headers["content-security-policy"]
         assert "default-src 'self'" in policy and "unsafe" not in policy

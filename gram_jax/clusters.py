@@ -25,9 +25,19 @@ from typing import NamedTuple
 from gram_jax.errors import UserError
 
 ADDRESS, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-FLAGS = {"coordinator": ADDRESS, "num_processes": COUNT, "process_id": ID}
+HEARTBEAT = "GRAM_JAX_HEARTBEAT_SECONDS"
+FLAGS = {
+    "coordinator": ADDRESS,
+    "num_processes": COUNT,
+    "process_id": ID,
+    "heartbeat_seconds": HEARTBEAT,
+}
 """The flags, and the variables that they stand for."""
 
+HEARTBEAT_SECONDS = 30
+"""By default. A machine that is suspended, or cut off, for longer is taken for lost."""
+
+_SHORTEST_HEARTBEAT = 5
 _PORT = "JAX_COORDINATOR_PORT"
 _FIRST_PORT, _PORTS = 61440, 4096  # above those that Linux gives to outgoing connections
 _TPU_PORT, _JOBSET_PORT = 8482, 8476
@@ -92,6 +102,18 @@ def detect(environ: Mapping[str, str]) -> Place | None:
     return _checked(Place(address, count, number, found.devices))
 
 
+def heartbeat_seconds(environ: Mapping[str, str]) -> int:
+    """After how long without a sign of life a process is taken for lost.
+
+    Raises:
+      UserError: it is no number, or so small that a busy machine would be taken for lost.
+    """
+    found = _optional(environ, HEARTBEAT, HEARTBEAT_SECONDS)
+    if found < _SHORTEST_HEARTBEAT:
+        raise UserError(f"{HEARTBEAT}={found} must be at least {_SHORTEST_HEARTBEAT}")
+    return found
+
+
 def _given(given: Mapping[str, str]) -> Place:
     """What the three variables say, where nothing else does."""
     missing = [name for name, value in given.items() if not value]
@@ -114,8 +136,8 @@ def _checked(place: Place) -> Place:
 
 
 def with_flags(environ: Mapping[str, str], arguments: Sequence[str]) -> dict[str, str]:
-    """The environment with the variables that the flags --coordinator, --num_processes and
-    --process_id stand for: they are needed before the command line can be parsed."""
+    """The environment with the variables that `FLAGS` stand for: they are needed before the command
+    line can be parsed."""
     found = dict(environ)
     for argument, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, equals, value = argument.partition("=")

@@ -8,7 +8,8 @@ pays nothing for what is here. All calls are made by every process, in the same 
 Waiting goes through the key-value store that process 0 serves, not through arrays: a collective on
 CPU gives up when one process is half a minute late (the first one of a group of devices, and every
 reduce-scatter: jax issue 40831), and data may take hours to prepare. A process that dies ends the
-others: at once if it is process 0, else after `_HEARTBEAT_SECONDS`, or as the launcher sees it.
+others: at once if it is process 0, else after `clusters.heartbeat_seconds`, or as the launcher sees
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax._src.distributed import global_state  # the key-value store has no public name
 
-from gram_jax.clusters import detect, tpu_metadata, with_flags
+from gram_jax.clusters import detect, heartbeat_seconds, tpu_metadata, with_flags
 from gram_jax.errors import UserError
 
 SAVED = 75
@@ -36,7 +37,6 @@ SAVED = 75
 
 _CONNECT_SECONDS = 300  # between the starts of the first process and the last
 _PATIENCE_SECONDS = 20
-_HEARTBEAT_SECONDS = 100
 _SHUTDOWN_SECONDS = 60
 # An error that all processes find is found by all within this time.
 _ERROR_SECONDS = 5.0
@@ -77,7 +77,7 @@ def start(arguments: Sequence[str] = ()) -> None:
             local_device_ids=place.devices,
             cluster_detection_method="deactivate",
             initialization_timeout=_CONNECT_SECONDS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat_seconds(environ),
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except jax.errors.JaxRuntimeError as error:

@@ -29,6 +29,12 @@ if TYPE_CHECKING:  # commands that do not train start quicker without the loop
 flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 of several listens.")
 flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_integer(
+    "heartbeat_seconds",
+    None,
+    "Of several processes: one that gives no sign of life for so long is taken for lost, and ends"
+    " the others. By default 30.",
+)
 
 
 def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None:

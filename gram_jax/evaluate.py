@@ -23,7 +23,11 @@ More examples:
   # What the second run gains over the first on the same pairs; no checkpoint is needed
   python -m gram_jax.evaluate --compare=runs/eval_a,runs/eval_b
 
-docs/evaluation.md says what each number means.
+  # Two processes that share the work, as on two machines (docs/hosts.md)
+  launch/local.sh 2 python -m gram_jax.evaluate --checkpoint=DIR --data=F.jsonl --output=runs/eval
+
+A run that was killed goes on when the same command is given again: until it is complete, answers
+stand in DIR/answers.shards. docs/evaluation.md says what each number means.
 """
 
 from __future__ import annotations
@@ -39,8 +43,10 @@ from gram_jax.comparison import compare_runs
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
 from gram_jax.evaluation_job import REPORT, EvaluationJob, run_evaluation
+from gram_jax.mesh import parse_mesh
+from gram_jax.piecework import fits, own_mesh
 from gram_jax.ranking_job import Engine
-from gram_jax.reward_model import define_flags, flag_scorer
+from gram_jax.reward_model import define_flags, flag_mesh, flag_scorer
 from gram_jax.signals import StopRequest
 from gram_jax.storage import local_folder
 
@@ -81,17 +87,15 @@ def main(_: list[str]) -> None:
         seed=_SEED.value,
         stall_seconds=flags.FLAGS.stall_seconds,
     )
-    with StopRequest("stopped by SIGTERM; the same command begins again"):
-        text = run_evaluation(job, _engine)
+    spread = parse_mesh(flags.FLAGS.mesh)
+    with StopRequest("stopped by SIGTERM; the same command goes on after what is written"):
+        together = not fits(spread)
+        mesh = flag_mesh() if together else own_mesh(spread)
+        text = run_evaluation(job, lambda: Engine.of(flag_scorer(mesh)), together=together)
     if not is_main():
         return
     print(text)
     print(f"report {Path(job.output) / REPORT}", file=sys.stderr)
-
-
-def _engine() -> Engine:
-    scorer = flag_scorer()
-    return Engine(scorer, scorer.identity(), scorer.packed, scorer.engine)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,27 @@
-"""From data files to the items of an evaluation, all checked before any work is done."""
+"""From data files to the items of an evaluation, and what there is to say of them.
+
+Texts are read by whoever answers a question, and are of no use after that: numbers need to know
+which prompts and responses are the same, for which names stand in their places.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gram_jax.benchmarks import BENCHMARKS, Benchmark, Item, Record, Row, recognise
-from gram_jax.data.formats import brief
-from gram_jax.data.records import open_source
+from gram_jax.benchmarks import BENCHMARKS, Benchmark, Item, Row, recognise
+from gram_jax.data.records import Source, open_source
 from gram_jax.data.sources import Prompt
 from gram_jax.errors import DataError
-from gram_jax.storage import Place
+from gram_jax.pieces import BlockFacts, SourceRow
+from gram_jax.storage import digest_of
 
-_BLOCK_SIZE = 1 << 20
+_FIRST_BLOCK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,12 +43,11 @@ class DataFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EvaluationInput:
-    """Items in order, and what there is to say of them.
+    """Items in order, with names in the place of texts, and what there is to say of them.
 
     Attributes:
       subsets: [items] what each is reported under: its subset, else its file's name; with its
         benchmark in front where there are several.
-      prompts: [items] a name for the prompt, the same for equal prompts.
       keys: [items][pairs] a name for prompt, better and worse response.
       repeated: pairs that stand there more than once, the first time not counted.
       identical: pairs of two equal responses, which nothing can tell apart.
@@ -53,7 +57,6 @@ class EvaluationInput:
     items: list[Item]
     files: list[DataFile]
     subsets: list[str]
-    prompts: list[str]
     keys: list[tuple[str, ...]]
     repeated: int
     identical: int
@@ -64,32 +67,70 @@ class EvaluationInput:
         return sum(len(item.pairs) for item in self.items)
 
 
-def read_evaluation(
-    data: Sequence[str], benchmark: str = "", *, chat: bool = False
-) -> EvaluationInput:
-    """Reads all files to their ends.
+class EvaluationData:
+    """Files to evaluate on.
 
-    Args:
-      data: what `gram_jax.data.records.open_source` knows, or .json files that hold a list.
-      benchmark: of all files; "" = each as its first record says.
-      chat: prompts that are text become a user's message.
-
-    Raises:
-      DataError: names file, line and field of what is missing or wrong.
+    Attributes:
+      sources: what is read.
+      families: of each, the kind of its records.
     """
-    items: list[Item] = []
-    files: list[DataFile] = []
-    for name in data:
-        family, found = _read_file(name, BENCHMARKS[benchmark] if benchmark else None)
-        items += (_as_chat(item) for item in found) if chat else found
-        files.append(DataFile(name, family.name, len(found), _digests(name)))
+
+    def __init__(self, data: Sequence[str], benchmark: str = "", *, chat: bool = False) -> None:
+        """Finds the files and reads the first record of each.
+
+        Args:
+          data: what `gram_jax.data.records.open_source` knows.
+          benchmark: of all files; "" = each as its first record says.
+          chat: prompts that are text become a user's message.
+
+        Raises:
+          DataError: a file is not there, or its first record is of no kind.
+        """
+        self.sources = [open_source(name) for name in data]
+        self.families = [
+            BENCHMARKS[benchmark] if benchmark else _family(source) for source in self.sources
+        ]
+        self._chat = chat
+
+    def item(self, row: SourceRow) -> Item:
+        """The item of a record.
+
+        Raises:
+          DataError: names file, line and field of what is missing or wrong.
+        """
+        item = self.families[row.source].read(Row(row.record, row.file, row.line))
+        return _as_chat(item) if self._chat else item
+
+    def digests(self) -> list[dict[str, str]]:
+        """Of each source the SHA-256 of its files, or of its content if it has none."""
+        return [_digests(source) for source in self.sources]
+
+    def files(
+        self, blocks: Sequence[BlockFacts], digests: Sequence[dict[str, str]]
+    ) -> list[DataFile]:
+        """What was read, in these blocks."""
+        rows = collections.Counter[int]()
+        for block in blocks:
+            rows[block.source] += block.rows
+        return [
+            DataFile(source.spec, self.families[number].name, rows[number], digests[number])
+            for number, source in enumerate(self.sources)
+        ]
+
+
+def named(item: Item) -> Item:
+    """The item with names in the place of its texts, the same for equal ones."""
+    responses = tuple(_digest(response) for response in item.responses)
+    return item._replace(prompt=_digest(item.prompt), responses=responses)
+
+
+def evaluation_input(items: list[Item], files: list[DataFile]) -> EvaluationInput:
+    """What there is to say of items that are `named`."""
     several = len({file.benchmark for file in files}) > 1
-    subsets = [_label(item, several) for item in items]
-    digests = [_digest(item.prompt) for item in items]
     keys, pairs, identical = [], dict[tuple[str, str, str], int](), 0
-    for item, prompt in zip(items, digests, strict=True):
-        responses = [_digest(response) for response in item.responses]
-        triples = [(prompt, responses[a], responses[b]) for a, b in item.pairs]
+    for item in items:
+        names = [str(name) for name in (item.prompt, *item.responses)]
+        triples = [(names[0], names[1 + a], names[1 + b]) for a, b in item.pairs]
         for triple in triples:
             pairs[triple] = pairs.get(triple, 0) + 1
             identical += triple[1] == triple[2]
@@ -97,8 +138,7 @@ def read_evaluation(
     return EvaluationInput(
         items,
         files,
-        subsets,
-        digests,
+        [_label(item, several) for item in items],
         keys,
         repeated=sum(pairs.values()) - len(pairs),
         identical=identical,
@@ -106,63 +146,20 @@ def read_evaluation(
     )
 
 
-def _read_file(name: str, family: Benchmark | None) -> tuple[Benchmark, list[Item]]:
-    items: list[Item] = []
-    for file, line, record in _records(name):
-        row = Row(record, file, line)
-        if family is None:
-            family = recognise(row)
-        items.append(family.read(row))
-    if family is None or not items:
-        raise DataError("holds no rows", file=name)
-    return family, items
-
-
-def _records(name: str) -> Iterator[tuple[str, int, Record]]:
-    """(file, line, record) of a source, or of a .json file with a list of records."""
-    if Path(name).suffix == ".json" and _starts_a_list(Path(name)):
-        yield from _list_of_records(Path(name))
-        return
-    for block in open_source(name).blocks(_BLOCK_SIZE):
+def _family(source: Source) -> Benchmark:
+    """What the first record is of."""
+    for block in source.blocks(_FIRST_BLOCK):
         for line, record in block.records():
             if isinstance(record, DataError):
                 raise record
-            yield block.file, line, record
+            return recognise(Row(record, block.file, line))
+    raise DataError("holds no rows", file=source.spec)
 
 
-def _starts_a_list(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    except OSError:
-        return False  # open_source says what is wrong
-
-
-def _list_of_records(path: Path) -> Iterator[tuple[str, int, Record]]:
-    """As benchmarks are published; a record's number in the list stands for its line."""
-    try:
-        values: list[Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON ({brief(error)}); download it again", file=path) from None
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise DataError("a JSON object is expected", file=path, line=number)
-        yield str(path), number, value
-
-
-def _digests(name: str) -> dict[str, str]:
-    if Path(name).is_file():
-        paths: tuple[Place, ...] = (Path(name),)
-    else:
-        source = open_source(name)
-        paths = source.files()
-        if not paths:
-            return {name: source.identity()}
-    found = {}
-    for path in paths:
-        with path.open("rb") as stream:
-            found[str(path)] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+def _digests(source: Source) -> dict[str, str]:
+    if identity := source.identity():
+        return {source.spec: identity}
+    return {str(path): digest_of(path) for path in source.files()}
 
 
 def _digest(value: Any) -> str:

@@ -158,7 +158,7 @@ def table_of(given: EvaluationInput, answers: Sequence[Answer]) -> PairTable:
     orders = [one.orders for one in answers if one.orders is not None]
     return PairTable(
         subset=np.repeat(given.subsets, counts),
-        prompt=np.repeat(given.prompts, counts),
+        prompt=np.repeat([str(item.prompt) for item in given.items], counts),
         margin=np.concatenate([one.margin for one in answers]),
         p=np.concatenate([one.p for one in answers]),
         chosen_length=np.concatenate(chosen),
@@ -226,7 +226,7 @@ def result_rows(given: EvaluationInput, answers: Sequence[Answer]) -> Iterator[d
                 "benchmark": item.benchmark,
                 "subset": given.subsets[number],
                 "pair": given.keys[number][k],
-                "prompt": given.prompts[number],
+                "prompt": item.prompt,
                 "better": better,
                 "worse": worse,
             }

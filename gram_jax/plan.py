@@ -70,7 +70,7 @@ def main(_: list[str]) -> None:
         mesh = abstract_mesh(config, where)
         with jax.sharding.use_abstract_mesh(mesh):
             step = abstract_step(config, mesh, _STEP.value)
-            print_shardings(sharding_table(step), step, console())
+            print_shardings(sharding_table(step), step, mesh, console())
         return
     if where.chip.platform == "tpu":
         prepare_compiler(where)

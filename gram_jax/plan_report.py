@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
@@ -118,9 +119,13 @@ def sent_bytes(plan: Plan) -> float:
     return sum(c.sent for c in plan.collectives or [])
 
 
-def print_shardings(rows: Sequence[ArrayRow], step: AbstractStep, out: Console) -> None:
-    title = f"Arrays of the {step.name} step; bytes per device"
-    table = Table(title=title, title_justify="left")
+def print_shardings(
+    rows: Sequence[ArrayRow], step: AbstractStep, mesh: AbstractMesh, out: Console
+) -> None:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    table = Table(
+        title=f"Arrays of the {step.name} step on {sizes}; bytes per device", title_justify="left"
+    )
     for name in ("kind", "name", "shape", "dtype", "split over"):
         table.add_column(name, overflow="fold")
     table.add_column("bytes", justify="right")
@@ -128,6 +133,9 @@ def print_shardings(rows: Sequence[ArrayRow], step: AbstractStep, out: Console) 
         shape = " x ".join(map(str, row.shape)) or "scalar"
         table.add_row(row.kind, row.name, shape, row.dtype, row.spec or "-", f"{row.bytes:,}")
     out.print(table)
+    kinds = dict.fromkeys(row.kind for row in rows if row.kind != "activation")
+    sums = [f"{k} {gib(sum(row.bytes for row in rows if row.kind == k))}" for k in kinds]
+    out.print(f"In all: {', '.join(sums)}. Activations do not live all at once.")
 
 
 def to_json(plan: Plan, where: Slice, tokens: float) -> dict[str, Any]:

@@ -38,8 +38,12 @@ More examples:
   python -m gram_jax.rank --checkpoint=DIR --input=a.jsonl --output=b.jsonl.gz \\
       --max_length=8192 --too_long=truncate --mesh=tensor=4
 
+  # Two processes that share the work, as on two machines (docs/hosts.md)
+  launch/local.sh 2 python -m gram_jax.rank --checkpoint=DIR --input=a.jsonl --output=b.jsonl
+
 A run that was killed goes on when the same command is given again: until it is complete, its lines
-stand in OUTPUT.partial, and what they belong to in OUTPUT.state.json.
+stand in OUTPUT.partial, and what they belong to in OUTPUT.state.json; those of several processes
+stand in OUTPUT.shards.
 """
 
 from __future__ import annotations
@@ -50,11 +54,14 @@ from absl import flags
 
 from gram_jax import entry
 from gram_jax.distributed import is_main
+from gram_jax.mesh import parse_mesh
+from gram_jax.piecework import by_pieces, own_mesh
 from gram_jax.ranking import METHODS
-from gram_jax.ranking_job import Engine, RankingJob, run_ranking
-from gram_jax.reward_model import define_flags, flag_scorer
+from gram_jax.ranking_by_pieces import rank_pieces
+from gram_jax.ranking_job import Engine, RankingJob, RankingResult, run_ranking
+from gram_jax.reward_model import define_flags, flag_mesh, flag_scorer
 from gram_jax.signals import StopRequest
-from gram_jax.storage import local_output
+from gram_jax.storage import is_url, local_output
 
 define_flags()
 _INPUT = flags.DEFINE_string("input", None, "JSONL file to rank.", required=True)
@@ -83,7 +90,7 @@ def main(_: list[str]) -> None:
             reference_index=_REFERENCE_INDEX.value,
             stall_seconds=flags.FLAGS.stall_seconds,
         )
-        result = run_ranking(job, _engine)
+        result = _run(job)
     if not is_main():
         return
     if result.was_complete:
@@ -92,9 +99,14 @@ def main(_: list[str]) -> None:
     print(f"written to {_OUTPUT.value}", file=sys.stderr)
 
 
-def _engine() -> Engine:
-    scorer = flag_scorer()
-    return Engine(scorer, scorer.identity(), scorer.packed, scorer.engine)
+def _run(job: RankingJob) -> RankingResult:
+    """In pieces, or all processes together."""
+    spread = parse_mesh(flags.FLAGS.mesh)
+    # Pieces lie beside the output, where every process writes; a store is written once, at the end.
+    if not is_url(_OUTPUT.value) and by_pieces(job.output, spread):
+        mesh = own_mesh(spread)
+        return rank_pieces(job, lambda: Engine.of(flag_scorer(mesh)))
+    return run_ranking(job, lambda: Engine.of(flag_scorer(flag_mesh())))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ response) where it is known which is best. Other columns are carried along.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,50 +146,61 @@ def check_ranking_input(
     """
     digest = hashlib.sha256()
     digests = {0: digest.hexdigest()}
-    number = responses = 0
-    costs = dict.fromkeys(METHODS, 0)
+    number, counts = 0, collections.Counter[str]()
     for number, record in read_jsonl(path):
         row = parse_rank_row(
             record, file=path, line=number, method=method, reference_index=reference_index
         )
-        responses += len(row.question.responses)
-        for name in METHODS:
-            costs[name] += row.cost(name)
+        counts.update(counted(row))
         add_row(digest, record)
         if number == at:
             digests[number] = digest.hexdigest()
     digests[number] = digest.hexdigest()
-    return RankFacts(number, digests, responses, costs)
+    costs = {name: counts[name] for name in METHODS}
+    return RankFacts(number, digests, counts["response"], costs)
+
+
+def counted(row: RankRow) -> dict[str, int]:
+    """The responses of a row, and the comparisons that each method makes of them."""
+    costs = {name: row.cost(name) for name in METHODS}
+    return {"response": len(row.question.responses), **costs}
 
 
 def read_ranking_blocks(
-    path: str | Path, method: str, reference_index: int | None, start: int
+    path: str | Path,
+    method: str,
+    reference_index: int | None,
+    start: int,
+    rows: Iterable[tuple[int, dict[str, Any]]] | None = None,
 ) -> Iterator[RankBlock]:
     """The lines after the first ``start``, in blocks of about ``ROUND_SEQUENCES`` a round.
 
     Blocks begin and end where they do whatever ``start`` is, if it is the end of one.
 
+    Args:
+      rows: those of the file, with the numbers of their lines; None to read all of it.
+
     Raises:
       DataError: a bad row.
     """
     digest = hashlib.sha256()
-    rows: list[RankRow] = []
+    found: list[RankRow] = []
     sequences = characters = 0
-    for number, record in read_jsonl(path):
+    for number, record in read_jsonl(path) if rows is None else rows:
         add_row(digest, record)
         if number <= start:
             continue
         row = parse_rank_row(
             record, file=path, line=number, method=method, reference_index=reference_index
         )
-        rows.append(row)
+        found.append(row)
         sequences += _round_sequences(method, row)
         characters += _characters(row)
         if sequences >= ROUND_SEQUENCES or characters >= MAX_CHARACTERS:
-            yield RankBlock(rows, number, digest.hexdigest())
-            rows, sequences, characters = [], 0, 0
-    if rows:
-        yield RankBlock(rows, rows[-1].number, digest.hexdigest())
+            yield RankBlock(found, number, digest.hexdigest())
+            found, sequences, characters = [], 0, 0
+    if found:
+        yield RankBlock(found, found[-1].number, digest.hexdigest())
 
 
 def _round_sequences(method: str, row: RankRow) -> int:

@@ -5,15 +5,16 @@ of a block are ranked together. A job that was killed goes on after the last blo
 when the same command is given again (see ``scoring_state``); blocks know nothing of each other, so
 its file is the one that an uninterrupted run would have written.
 
-Several processes do the same job together: each goes through the same blocks in lock-step and gets
-the same numbers, and process 0 alone writes.
+A model that is spread over several processes makes them do the same job together: each goes through
+the same blocks in lock-step and gets the same numbers, and process 0 alone writes. Processes that
+each hold the model rank pieces of the input (see ``ranking_by_pieces``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -34,7 +35,7 @@ from gram_jax.ranking_input import (
 )
 from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
-from gram_jax.scorer import QuestionError
+from gram_jax.scorer import QuestionError, Scorer
 from gram_jax.scoring import EngineCounts
 from gram_jax.scoring_state import JobFiles, JobState, check_alike, check_same, short
 from gram_jax.watchdog import watched
@@ -67,12 +68,20 @@ class Engine(NamedTuple):
     Attributes:
       settings: all that decides its numbers.
       packed, engine: where it counts what it computes.
+      batch_tokens: token places of a batch.
     """
 
     scorer: Comparer
     settings: dict[str, Any]
     packed: PackCounts
     engine: EngineCounts
+    batch_tokens: int
+
+    @classmethod
+    def of(cls, scorer: Scorer) -> Engine:
+        """A checkpoint's."""
+        places = scorer.shapes[-1].places
+        return cls(scorer, scorer.identity(), scorer.packed, scorer.engine, places)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,24 +186,14 @@ def run_ranking(
       UserError: bad input (with file and line), bad settings, or an output that belongs to another
         job.
     """
-    if Path(job.input).resolve() == Path(job.output).resolve():
-        raise UserError(f"--input and --output are both {job.input}")
-    if job.reference_index is not None and job.method != "reference":
-        raise UserError("--reference_index is for --method=reference")
+    check_job(job)
     with JobFiles(job.output) as files:
         state = files.read_state()
         at = state.lines if state else 0
         facts = check_ranking_input(job.input, job.method, job.reference_index, at)
         check_alike(job.input, facts.digests[facts.lines])
         engine = load()
-        method = check_method(job.method, engine.scorer.kind)
-        job = dataclasses.replace(job, method=method)
-        settings = engine.settings | {
-            "reward": engine.scorer.kind,
-            "beta": engine.scorer.beta,
-            "method": method,
-            "reference_index": job.reference_index,
-        }
+        job, settings = resolved(job, engine)
         if state is None:
             state = JobState(settings, facts.digests[0])
         check_same(state, settings, facts.lines, facts.digests, files)
@@ -204,11 +203,39 @@ def run_ranking(
         files.open(state)
         with watched(job.stall_seconds, "ranking"):
             state = _rank(job, engine, files, state, facts, stream)
-        summary = _summarise(job, engine.scorer.kind, facts, state)
+        summary = summarise_ranking(job, engine.scorer.kind, facts, state)
         state.summary = dataclasses.asdict(summary)
         files.write_state(state)
         files.finish()
         return RankingResult(summary, was_complete=False)
+
+
+def check_job(job: RankingJob) -> None:
+    """Refuses what cannot be right, whatever the input and the model.
+
+    Raises:
+      UserError: says what.
+    """
+    if Path(job.input).resolve() == Path(job.output).resolve():
+        raise UserError(f"--input and --output are both {job.input}")
+    if job.reference_index is not None and job.method != "reference":
+        raise UserError("--reference_index is for --method=reference")
+
+
+def resolved(job: RankingJob, engine: Engine) -> tuple[RankingJob, dict[str, Any]]:
+    """The job with its method, and all settings that decide what is written.
+
+    Raises:
+      UserError: the method does not go with the kind of reward.
+    """
+    method = check_method(job.method, engine.scorer.kind)
+    settings = engine.settings | {
+        "reward": engine.scorer.kind,
+        "beta": engine.scorer.beta,
+        "method": method,
+        "reference_index": job.reference_index,
+    }
+    return dataclasses.replace(job, method=method), settings
 
 
 def _rank(
@@ -220,7 +247,7 @@ def _rank(
     stream: TextIO | None,
 ) -> JobState:
     """Ranks what is left, keeps the state on disk up to date, and returns it."""
-    unit = "response" if job.method == "scalar" else "comparison"
+    unit = unit_of(job.method)
     total = facts.responses if job.method == "scalar" else facts.comparisons[job.method]
     position = int(state.counts.get(f"{unit}s", 0))
     begun = state.counts
@@ -247,8 +274,7 @@ def _rank(
     files.write_state(state)
     try:
         for block in read_ranking_blocks(job.input, job.method, job.reference_index, state.lines):
-            found = _rank_block(job, engine.scorer, block, advance)
-            rows = [_row(row, ranked) for row, ranked in zip(block.rows, found, strict=True)]
+            rows, counts = rank_block(job, engine.scorer, block, advance)
             size = state.size + files.append(rows)
             now = time.monotonic()
             compiling = engine.engine.compile_seconds
@@ -259,13 +285,14 @@ def _rank(
             }
             # What an interrupted run spent on a block that it did not end is not counted.
             spent = {name: begun.get(name, 0) + value for name, value in spent.items()}
+            sums = {name: state.counts.get(name, 0) + value for name, value in counts.items()}
             # One assignment: an interruption leaves the old state or the new one.
             state = dataclasses.replace(
                 state,
                 input_sha256=block.digest,
                 lines=block.end,
                 size=size,
-                counts=_added(state.counts, block, found) | spent,
+                counts=sums | spent,
             )
             if now - recorded > _SECONDS_BETWEEN_RECORDS:
                 files.record(state)
@@ -276,17 +303,35 @@ def _rank(
     return state
 
 
-def _rank_block(
+def unit_of(method: str) -> str:
+    """What progress counts."""
+    return "response" if method == "scalar" else "comparison"
+
+
+def rank_block(
     job: RankingJob, scorer: Comparer, block: RankBlock, advance: Callable[[int], None]
-) -> list[Ranked]:
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows of a block with their new columns, and sums over them.
+
+    Args:
+      job: with its method.
+      scorer: the reward model.
+      block: what to rank.
+      advance: is told after each answer how many comparisons or responses it was.
+
+    Raises:
+      DataError: a question cannot be answered; names file, line and field.
+    """
     questions = [row.question for row in block.rows]
     references = [row.reference for row in block.rows if row.reference is not None]
     try:
-        return rank(scorer, questions, job.method, references=references or None, done=advance)
+        found = rank(scorer, questions, job.method, references=references or None, done=advance)
     except QuestionError as error:
         number = block.rows[error.question].number
         field = f"responses[{error.index}]" if error.field == "response" else error.field or None
         raise DataError(error.reason, file=job.input, line=number, field=field) from None
+    rows = [_row(row, ranked) for row, ranked in zip(block.rows, found, strict=True)]
+    return rows, _sums(block, found)
 
 
 def _row(row: RankRow, ranked: Ranked) -> dict[str, Any]:
@@ -303,8 +348,7 @@ def _row(row: RankRow, ranked: Ranked) -> dict[str, Any]:
     return row.row | added
 
 
-def _added(counts: dict[str, float], block: RankBlock, found: list[Ranked]) -> dict[str, float]:
-    """The counts with one more block."""
+def _sums(block: RankBlock, found: Sequence[Ranked]) -> dict[str, float]:
     new = dict.fromkeys(
         ("responses", "comparisons", "truncated", "labelled", "hits", "chance", "longest"), 0.0
     )
@@ -318,10 +362,13 @@ def _added(counts: dict[str, float], block: RankBlock, found: list[Ranked]) -> d
             new["hits"] += ranked.ranking.best in row.best
             new["chance"] += len(row.best) / n
             new["longest"] += int(np.argmax(ranked.num_tokens)) in row.best
-    return {name: counts.get(name, 0) + value for name, value in new.items()}
+    return new
 
 
-def _summarise(job: RankingJob, kind: str, facts: RankFacts, state: JobState) -> RankingSummary:
+def summarise_ranking(
+    job: RankingJob, kind: str, facts: RankFacts, state: JobState
+) -> RankingSummary:
+    """What a job did that is done, by the counts of its state."""
     counts = state.counts
     made = int(counts["comparisons"])
     if kind == "judge":

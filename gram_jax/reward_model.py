@@ -205,7 +205,7 @@ def flag_model(mesh: Mesh | None) -> Callable[[], Any]:
     return lambda: load_model(_FLAGS.checkpoint, ComputeConfig(dtype=_FLAGS.dtype), mesh)
 
 
-def flag_scorer() -> Scorer:
-    """The reward model that the flags describe."""
-    settings, mesh = flag_settings(), flag_mesh()
+def flag_scorer(mesh: Mesh | None) -> Scorer:
+    """The reward model that the flags describe, on a mesh."""
+    settings = flag_settings()
     return Scorer(flag_model(mesh)(), settings, mesh)

@@ -57,8 +57,9 @@ from gram_jax import entry
 from gram_jax.distributed import is_main
 from gram_jax.errors import UserError
 from gram_jax.mesh import parse_mesh
+from gram_jax.piecework import by_pieces, own_mesh
 from gram_jax.reward_model import define_flags, flag_mesh, flag_model, flag_settings
-from gram_jax.scoring_by_pieces import by_pieces, own_mesh, run_pieces
+from gram_jax.scoring_by_pieces import run_pieces
 from gram_jax.scoring_job import JobResult, ScoringJob, run_job
 from gram_jax.signals import StopRequest
 from gram_jax.storage import is_url, local_output

@@ -82,13 +82,14 @@ class JobFiles:
         """
 
         def read() -> dict[str, Any] | None:
-            found = self._read_state()
+            found = self.stored_state()
             return None if found is None else dataclasses.asdict(found)
 
         values = main_first(read)
         return None if values is None else JobState(**values)
 
-    def _read_state(self) -> JobState | None:
+    def stored_state(self) -> JobState | None:
+        """`read_state` for process 0 alone."""
         if not self.state_path.exists():
             for path in (self.output, self.partial):
                 if path.exists():
@@ -130,7 +131,7 @@ class JobFiles:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         stream = cast(BinaryIO, self.partial.open("ab"))
         self._stream = stream
-        _lock(stream, self.partial)
+        lock(stream, self.partial)
         if os.fstat(stream.fileno()).st_size < state.size:
             raise UserError(
                 f"{self.partial} is shorter than {self.state_path.name} says; delete both, or"
@@ -276,8 +277,12 @@ def line_of(row: dict[str, Any]) -> bytes:
         return (json.dumps(row) + "\n").encode()
 
 
-def _lock(stream: BinaryIO, path: Path) -> None:
-    """Refuses to write what another process is writing; the lock dies with the process."""
+def lock(stream: BinaryIO, path: Path) -> None:
+    """Refuses to write what another process is writing; the lock dies with the process.
+
+    Raises:
+      UserError: another process has the file open and locked; ``path`` is what it is part of.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on Windows

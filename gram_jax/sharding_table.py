@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ class ArrayRow:
     Attributes:
       kind: "weight", "frozen weight", "optimiser", "row" or "activation".
       name: of an activation the place in the code that makes it.
-      spec: the mesh axes that each dimension is split over.
+      spec: the mesh axes that each dimension is split over, those of one device left out.
       bytes: per device.
     """
 
@@ -82,18 +83,23 @@ def activations(step: AbstractStep) -> list[ArrayRow]:
 
 def _row(kind: str, name: str, leaf: Any) -> ArrayRow:
     local = leaf.sharding.shard_shape(leaf.shape)
-    spec = ", ".join(
-        "+".join(entry) if isinstance(entry, tuple) else entry or "-"
-        for entry in (*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec)))
-    )
+    sizes = leaf.sharding.mesh.shape
+
+    def axes(entry: Any) -> str:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return "+".join(name for name in names if name and sizes[name] > 1) or "-"
+
+    whole = (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
+    spec = ", ".join(map(axes, (*leaf.sharding.spec, *whole)))
     size = math.prod(local) * leaf.dtype.itemsize
     return ArrayRow(kind, name, tuple(leaf.shape), str(leaf.dtype), spec, size)
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """``stacks.0.q`` of a pytree path, the parts of wrappers left out."""
+    """``stacks.0.q`` of a pytree path, the parts of wrappers left out, places in them too."""
     parts = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", "")))) for k in path]
-    return ".".join(part for part in parts if part not in ("", "value", "inner_state"))
+    named = [part for part in parts if part not in ("", "value", "inner_state")]
+    return ".".join(itertools.dropwhile(str.isdecimal, named))
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
@@ -110,10 +116,11 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _place(equation: Any) -> str:
-    """``decoder.py:171 product``: the innermost line of this package that made an array."""
+    """``decoder.py:171 project``: the innermost line of this package that made an array, those of
+    `mesh` left out, which only says how it is split."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
-        if frame.file_name.startswith(_PACKAGE):
-            file = Path(frame.file_name).name
+        file = Path(frame.file_name).name
+        if frame.file_name.startswith(_PACKAGE) and file != "mesh.py":
             return f"{file}:{frame.line_num} {frame.function_name.rpartition('.')[2]}"
     return str(equation.primitive.name)

@@ -3,6 +3,7 @@
 Shared by the tests of several processes; the model is tiny, and all of them use the same one.
 """
 
+import io
 import json
 import os
 import shutil
@@ -16,9 +17,17 @@ import numpy as np
 import pytest
 
 from gram_jax.checkpoints import load_model
-from gram_jax.config import ComputeConfig
+from gram_jax.config import ComputeConfig, MeshConfig
 from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.distributed import process_count
+from gram_jax.evaluation_job import EvaluationJob, run_evaluation
 from gram_jax.models.decoder import weight_name
+from gram_jax.piecework import by_pieces, own_mesh
+from gram_jax.ranking_by_pieces import rank_pieces
+from gram_jax.ranking_job import Engine, RankingJob, run_ranking
+from gram_jax.scorer import RewardSettings, Scorer
+from gram_jax.scoring_by_pieces import run_pieces
+from gram_jax.scoring_job import ScoringJob, run_job
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [str(ROOT / "launch" / "local.sh")]
@@ -173,6 +182,97 @@ def rows_to_score(count):
             row |= {"response": f"{i} then"}
         rows.append(row)
     return rows
+
+
+def rows_to_rank(count):
+    rows = []
+    for i in range(count):
+        responses = [f"Number {i + k}." for k in range(i % 3 + 1)]
+        rows.append({"id": i, "prompt": f"What follows {i}?", "responses": responses})
+        if i % 2:
+            rows[-1]["best_response"] = 0
+    return rows
+
+
+def pairs_to_evaluate(count):
+    return [
+        {
+            "prompt": f"What follows {i // 2}?",
+            "chosen": f"Number {i + 1}.",
+            "rejected": f"Not {i}, no.",
+            "subset": f"s{i % 3}",
+        }
+        for i in range(count)
+    ]
+
+
+def score_rows(folder, checkpoint, name, stream=None):
+    job = ScoringJob(
+        input=f"{folder}/score.jsonl", output=f"{folder}/{name}.scores", reward=SETTINGS
+    )
+    load, mesh = loader(checkpoint)
+    if by_pieces(job.output, MeshConfig()):
+        return run_pieces(job, load, mesh=mesh, stream=stream)
+    return run_job(job, load, mesh=mesh, stream=stream)
+
+
+def rank_rows(folder, checkpoint, name, stream=None):
+    job = RankingJob(input=f"{folder}/rank.jsonl", output=f"{folder}/{name}.ranks")
+    load, mesh = loader(checkpoint)
+    do = rank_pieces if by_pieces(job.output, MeshConfig()) else run_ranking
+    return do(job, lambda: Engine.of(Scorer(load(), SETTINGS, mesh)), stream=stream)
+
+
+def evaluate_pairs(folder, checkpoint, name, stream=None):
+    job = EvaluationJob(
+        checkpoint="c", data=(f"{folder}/evaluate.jsonl",), output=f"{folder}/{name}"
+    )
+    load, mesh = loader(checkpoint)
+    return run_evaluation(job, lambda: Engine.of(Scorer(load(), SETTINGS, mesh)), stream=stream)
+
+
+SETTINGS = RewardSettings(row_length=64, batch_rows=2)
+ONE_JOB = {"score": score_rows, "rank": rank_rows, "evaluate": evaluate_pairs}
+
+
+def loader(checkpoint):
+    """What loads a checkpoint, and the mesh that it is loaded on: this process's, if there are
+    several, else one device."""
+    mesh = own_mesh(MeshConfig()) if process_count() > 1 else None
+    return lambda: load_model(checkpoint, ComputeConfig(), mesh), mesh
+
+
+def all_jobs(folder, checkpoint, name):
+    """Scores, ranks and evaluates, as this process or as one of many."""
+    for job in ONE_JOB.values():
+        job(folder, checkpoint, name, io.StringIO())
+
+
+class Interrupted(io.StringIO):
+    """A console at which Ctrl-C is pressed when so many pieces lie in a folder."""
+
+    def __init__(self, folder, pieces):
+        super().__init__()
+        self.folder, self.pieces = folder, pieces
+
+    def write(self, text):
+        if len(list(self.folder.glob("0*.json"))) >= self.pieces:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def check_same_rows(found, expected):
+    """Rows of `rank` or `evaluate`: numbers to 1e-5, all else to the letter."""
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        rewards = [abs(reward) for reward in b["rewards"]]
+        for name, value in b.items():
+            if name in ("rewards", "margin", "p"):
+                atol = 2e-5 * max(1, *rewards)
+                np.testing.assert_allclose(a[name], value, rtol=0, atol=atol)
+            else:
+                assert a[name] == value
 
 
 def check_same_scores(found, expected):

@@ -1,14 +1,16 @@
 """What launchers and schedulers put into the environment, and the place that follows from it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from gram_jax.clusters import Place, detect, tpu_metadata, with_flags
+from gram_jax.clusters import Place, detect, heartbeat_seconds, tpu_metadata, with_flags
 from gram_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +160,10 @@ def test_flags_stand_for_the_variables():
     assert detect(with_flags({}, flags)) == Place("h:1", 2, 1)
     assert detect(with_flags(JAX, ["prog", "--process_id=0"])) == Place("first:1234", 4, 0)
     assert detect(with_flags(SLURM, ["prog", "--num_processes=1"])) is None
+    assert heartbeat_seconds(with_flags({}, ["prog", "--heartbeat_seconds=7"])) == 7
+    assert heartbeat_seconds({}) == 30
+    with pytest.raises(UserError, match="GRAM_JAX_HEARTBEAT_SECONDS=4 must be at least 5"):
+        heartbeat_seconds(with_flags({}, ["prog", "--heartbeat_seconds", "4"]))
 
 
 def test_a_machine_without_tpus_asks_no_metadata_server():
@@ -173,11 +179,15 @@ distributed.finish()
 """
 
 
-@pytest.mark.parametrize("by", ["srun", "flags"])
-def test_processes_that_are_told_of_each_other_meet(by):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("by", ["srun", "flags"])
+def test_processes_that_are_told_of_each_other_meet(by):
+    port = free_port()
     processes = []
     for i in range(2):
         environ, flags = {"JAX_PLATFORMS": "cpu"}, []
@@ -204,3 +214,43 @@ def test_processes_that_are_told_of_each_other_meet(by):
         for process in processes:
             process.kill()
     assert said == ["['0', '1']\n"] * 2
+
+
+WAIT = """
+import sys
+from gram_jax import distributed
+distributed.start(sys.argv)
+distributed.barrier("met")
+print("met", flush=True)
+distributed.barrier("never" if distributed.is_main() else "come")
+"""
+
+
+def test_a_lost_process_is_noticed_without_a_launcher_after_the_seconds_that_a_flag_says():
+    """JAX by itself would wait for 100 s."""
+    port = free_port()
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--heartbeat_seconds=5"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAIT, *flags, f"--process_id={i}"],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["met\n"] * 2
+        processes[1].kill()
+        # Counted, not timed: what stops this test as well does not count.
+        for _ in range(300):
+            if processes[0].poll() is not None:
+                break
+            time.sleep(0.1)
+        assert processes[0].returncode == -signal.SIGABRT
+        assert "heartbeat" in processes[0].communicate(timeout=60)[1].lower()
+    finally:
+        for process in processes:
+            process.kill()

@@ -23,10 +23,21 @@ from gram_jax.stripes import at_places, places, striped
 from gram_jax.text_packing import pack_texts
 
 B, T, S = 2, 64, 8
+LABELS = (7, 11)
 # M = 41 is no whole number of parts.
 SHAPES = {
     "next_token": RowShape(T, T),
+    "smoothed_pairwise": RowShape(T, 41, S, 4),
+    "judge": RowShape(T, 0, S, 4, readouts=True),
+    "judge_full_vocab": RowShape(T, 0, S, 4, readouts=True),
     "bradley_terry": RowShape(T, 41, S, 4, readouts=True),
+}
+READOUTS = {
+    "next_token": None,
+    "smoothed_pairwise": Readout("likelihood", S),
+    "judge": Readout("judge", S, LABELS),
+    "judge_full_vocab": Readout("judge", S, LABELS),
+    "bradley_terry": Readout("head", S),
 }
 
 
@@ -34,8 +45,10 @@ SHAPES = {
 def rows(name):
     if name == "next_token":
         packed = pack_texts(tiny.text_examples(0, 20), SHAPES[name])
+    elif name.startswith("judge"):
+        packed = pack(tiny.judge_prompts(0, 8), SHAPES[name])
     else:
-        packed = pack(tiny.preferences(0, 8), SHAPES[name])
+        packed = pack(tiny.preferences(0, 8, reference=name != "bradley_terry"), SHAPES[name])
     return stack_rows([row.batch for row, _ in zip(packed, range(B), strict=False)])
 
 
@@ -43,13 +56,15 @@ def rows(name):
 def loss_and_gradients(name, backend, sizes):
     """In float32, of a model with a window in its first layer, on this mesh or without one."""
     mesh = tiny.mesh(*sizes) if sizes else None
-    head = name == "bradley_terry"
-    readout = Readout("head", S) if head else None
-    config = ObjectiveConfig(name=name, chosen_ce=0.3 if head else 0.0)
+    readout = READOUTS[name]
+    has_targets = readout is not None and SHAPES[name].targets > 0
+    # Log-probs are some tens: a small beta keeps the pairs where the loss bends.
+    beta = 0.1 if name == "smoothed_pairwise" else 1.0
+    config = ObjectiveConfig(name=name, beta=beta, chosen_ce=0.3 if has_targets else 0.0)
     compute = ComputeConfig(dtype="float32", unroll=1, attention=backend)
     with jax.set_mesh(mesh) if mesh else jax.default_device(None):
         model = tiny.decoder(tiny.config(windows=(7, 0)), compute, mesh)
-        model = attach(model, Adapters(head=head), seed=1)
+        model = attach(model, Adapters(head=name == "bradley_terry"), seed=1)
         batch = put(rows(name), mesh) if mesh else rows(name)
         run = jax.value_and_grad(lambda m: objective(m, batch, config, readout), has_aux=True)
         (total, _), gradient = jax.jit(run)(model)
@@ -60,6 +75,9 @@ def loss_and_gradients(name, backend, sizes):
     ("name", "backend", "sizes"),
     [
         ("next_token", "blocks", (1, 1, 1, 8)),
+        ("smoothed_pairwise", "blocks", (1, 1, 1, 8)),
+        ("judge", "blocks", (2, 1, 1, 4)),
+        ("judge_full_vocab", "xla", (1, 2, 2, 2)),
         ("bradley_terry", "xla", (1, 2, 2, 2)),
     ],
 )

@@ -20,9 +20,10 @@ from gram_jax.data.builtin import reference_topics
 from gram_jax.data.judge import JudgeTemplate
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
-from gram_jax.evaluation_input import read_evaluation
+from gram_jax.evaluation_input import EvaluationData
 from gram_jax.evaluation_job import EvaluationJob, run_evaluation
 from gram_jax.packing import PackCounts
+from gram_jax.pieces import check_blocks, cut, read_pieces
 from gram_jax.ranking_job import Engine
 from gram_jax.scorer import QuestionError, RewardSettings, Scorer
 from gram_jax.scoring import EngineCounts
@@ -32,6 +33,8 @@ from gram_jax.scoring_job import ScoringJob, run_job
 def pair(prompt, chosen, rejected, **columns):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}
 
+
+BATCH_TOKENS = 64
 
 # Responses that say how good they are: margins 2, -1, 0, 3, 1.
 PAIRS = [
@@ -50,7 +53,7 @@ def write(path, rows):
 
 
 def engine(scorer):
-    return Engine(scorer, {"checkpoint": "abc"}, PackCounts(), EngineCounts())
+    return Engine(scorer, {"checkpoint": "abc"}, PackCounts(), EngineCounts(), BATCH_TOKENS)
 
 
 def evaluate(folder, rows, scorer, name="out", **settings):
@@ -185,23 +188,30 @@ def test_files_of_several_kinds_are_reported_apart(tmp_path):
     assert "natural 2 (published 100)" in text
 
 
+def items(path, *benchmark, **settings):
+    data = EvaluationData([path], *benchmark, **settings)
+    blocks = check_blocks(data.sources, lambda row: {"pair": len(data.item(row).pairs)}, 1024)
+    found = read_pieces(data.sources, 1024, blocks, cut(blocks, 64))
+    return [data.item(row) for _, rows in found for row in rows]
+
+
 def test_chat_makes_a_users_message_of_a_prompt_that_is_text(tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     rows = [pair("a", "1", "2"), pair(messages, "1", "2")]
     path = write(tmp_path / "a.jsonl", rows)
-    assert [item.prompt for item in read_evaluation([path], chat=True).items] == [
+    assert [item.prompt for item in items(path, chat=True)] == [
         [{"role": "user", "content": "a"}],
         messages,
     ]
-    assert read_evaluation([path]).items[0].prompt == "a"
+    assert items(path)[0].prompt == "a"
 
 
 def test_a_benchmark_can_be_named(tmp_path):
     path = write(tmp_path / "a.jsonl", [pair("a", "1", "2", subset="shp")])
-    assert read_evaluation([path]).items[0].benchmark == "preferences"
-    assert read_evaluation([path], "rewardbench").items[0].benchmark == "rewardbench"
+    assert items(path)[0].benchmark == "preferences"
+    assert items(path, "rewardbench")[0].benchmark == "rewardbench"
     with pytest.raises(DataError, match=r"a.jsonl:1: field 'domain': is missing"):
-        read_evaluation([path], "rmbench")
+        items(path, "rmbench")
 
 
 def test_all_data_is_checked_before_the_model_is_loaded(tmp_path):
@@ -219,8 +229,8 @@ def test_all_data_is_checked_before_the_model_is_loaded(tmp_path):
     for data, message in [
         ((good, bad), r"bad.jsonl:2: field 'rejected': is empty"),
         ((str(tmp_path / "none.jsonl"),), "none.jsonl: there is no such file"),
-        ((str(empty),), "empty.json: holds no rows"),
-        ((str(broken),), "broken.json: is not JSON"),
+        ((str(empty),), "empty.json: the file is empty"),
+        ((str(broken),), "broken.json:1: the file's data is cut off or damaged"),
         ((str(numbers),), "numbers.json:1: a JSON object is expected"),
     ]:
         job = EvaluationJob(checkpoint="m", data=data, output=str(tmp_path / "out"))
@@ -346,8 +356,7 @@ def test_the_rewards_are_those_that_score_writes(tmp_path, checkpoint, english):
     loaded = load_model(checkpoint, ComputeConfig())
     scorer = Scorer(loaded, settings)
     job = EvaluationJob(checkpoint=str(checkpoint), data=(path,), output=str(tmp_path / "out"))
-    made = Engine(scorer, scorer.identity(), scorer.packed, scorer.engine)
-    run_evaluation(job, lambda: made, stream=io.StringIO())
+    run_evaluation(job, lambda: Engine.of(scorer), stream=io.StringIO())
     found, rows = read(tmp_path / "out")
     run_job(
         ScoringJob(input=path, output=str(tmp_path / "scored.jsonl"), reward=settings),

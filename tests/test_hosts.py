@@ -6,17 +6,23 @@ import signal
 import sys
 import time
 
-import numpy as np
 import pytest
 from several_processes import (
+    ONE_JOB,
+    ROOT,
+    Interrupted,
+    all_jobs,
     before_the_end,
     check_same_losses,
+    check_same_rows,
     check_same_scores,
     check_same_weights,
     end,
     losses,
     make_work,
+    pairs_to_evaluate,
     read,
+    rows_to_rank,
     rows_to_score,
     run,
     start,
@@ -75,22 +81,106 @@ def test_four_processes_finetune_as_one_does(work, one):
     check_same_weights(work / "tuned_four", work / "tuned_one")
 
 
-def test_two_processes_evaluate_as_one_does(work, one, tmp_path):
-    flags = [f"--checkpoint={one}", f"--data={work}/pairs.jsonl", "--row_length=64"]
-    for name, processes in (("two", 2), ("one", 1)):
-        out, err = run("evaluate", *flags, f"--output={tmp_path}/{name}", processes=processes)
-        assert "accuracy" in out
-        assert [s for s in err.splitlines() if s.startswith("[") and "[Gloo]" not in s] == []
-    found, expected = (read(tmp_path / name / "results.jsonl") for name in ("two", "one"))
-    assert len(found) == len(expected) == 60
-    for a, b in zip(found, expected, strict=True):
-        assert a.keys() == b.keys()
-        tolerance = 1e-5 * max(1, *map(abs, b["rewards"]))
-        for name, value in b.items():
-            if name in ("rewards", "margin", "p"):
-                np.testing.assert_allclose(a[name], value, rtol=0, atol=2 * tolerance)
-            else:
-                assert a[name] == value
+ALL = """
+import sys
+from pathlib import Path
+from gram_jax import distributed
+from several_processes import all_jobs
+
+distributed.start(sys.argv)
+all_jobs(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+distributed.finish()
+"""
+
+
+@pytest.fixture(scope="module")
+def expected(one, tmp_path_factory):
+    """What one process writes: a folder with scores, rankings and an evaluation."""
+    folder = tmp_path_factory.mktemp("expected")
+    write_inputs(folder, 90)
+    all_jobs(folder, one, "one")
+    return folder
+
+
+def write_inputs(folder, count):
+    write(folder / "score.jsonl", rows_to_score(count))
+    write(folder / "rank.jsonl", rows_to_rank(count))
+    write(folder / "evaluate.jsonl", pairs_to_evaluate(count))
+
+
+def test_four_processes_score_rank_and_evaluate_as_one_does(one, expected):
+    name = "four"
+    command = [sys.executable, "-c", ALL, expected, one, name]
+    status, _, err = end(start(command, 4, PYTHONPATH=str(ROOT / "tests")))
+    assert status == 0, err
+    check_same_scores(read(expected / f"{name}.scores"), read(expected / "one.scores"))
+    check_same_rows(read(expected / f"{name}.ranks"), read(expected / "one.ranks"))
+    check_same_rows(*(read(expected / n / "results.jsonl") for n in (name, "one")))
+    states, results = (
+        [json.loads((expected / n).read_text()) for n in (name + end, "one" + end)]
+        for end in (".ranks.state.json", "/results.json")
+    )
+    for of in ("rows", "responses", "comparisons", "hits", "longest", "labelled", "costs"):
+        assert states[0]["summary"][of] == states[1]["summary"][of], of
+    assert states[0]["input_sha256"] == states[1]["input_sha256"]
+    for of in ("items", "pairs", "responses", "sequences", "repeated", "settings", "data"):
+        assert results[0][of] == results[1][of], of
+    for subset, found in results[1]["subsets"].items():
+        mine = results[0]["subsets"][subset]["pairs"]
+        assert mine["accuracy"] == found["pairs"]["accuracy"]
+        assert mine["nll"] == pytest.approx(found["pairs"]["nll"], rel=1e-5)
+    left = [path.name for path in expected.rglob("*.shards")]
+    assert left == []
+
+
+def test_the_commands_of_two_processes_rank_and_evaluate_as_one_does(one, expected, tmp_path):
+    flags = [f"--checkpoint={one}", "--row_length=64", "--batch_rows=2"]
+    out, err = run("rank", *flags, f"--input={expected}/rank.jsonl", f"--output={tmp_path}/ranks")
+    assert "90 rows, 180 responses ranked by likelihood, method scalar" in out
+    check_same_rows(read(tmp_path / "ranks"), read(expected / "one.ranks"))
+    data = f"--data={expected}/evaluate.jsonl"
+    # Of a model that is spread over both, they answer every question together.
+    out, said = run("evaluate", *flags, data, f"--output={tmp_path}/results", "--mesh=fsdp=2")
+    assert "accuracy" in out
+    found = read(tmp_path / "results" / "results.jsonl")
+    check_same_rows(found, read(expected / "one" / "results.jsonl"))
+    for line in (err + said).splitlines():
+        assert not line.startswith("[1]") or "[Gloo]" in line, "only process 0 speaks"
+
+
+@pytest.mark.parametrize("job", ["rank", "evaluate"])
+def test_what_two_processes_had_written_is_kept_when_one_goes_on_alone(tmp_path, one, job):
+    write_inputs(tmp_path, 3000)
+    flags = [f"--checkpoint={one}", "--row_length=64", "--batch_rows=2"]
+    if job == "rank":
+        flags += [f"--input={tmp_path}/rank.jsonl", f"--output={tmp_path}/out.ranks"]
+        folder = tmp_path / "out.ranks.shards"
+    else:
+        flags += [f"--data={tmp_path}/evaluate.jsonl", f"--output={tmp_path}/out"]
+        folder = tmp_path / "out" / "answers.shards"
+    process = start([*remember(tmp_path), sys.executable, "-m", f"gram_jax.{job}", *flags])
+    wait_until(lambda: len(files_of_pieces(folder)) >= 6, process)
+    os.kill(int((tmp_path / "pid.1").read_text()), signal.SIGKILL)
+    status, _, err = end(process)
+    assert status == 128 + signal.SIGKILL, err
+    manifest = json.loads((folder / "manifest.json").read_text())
+    kept = files_of_pieces(folder)
+    assert 3 <= sum(name.endswith(".json") for name in kept) < len(manifest["pieces"])
+
+    def go_on(name="out", stream=None):
+        ONE_JOB[job](tmp_path, one, name, stream)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(stream=Interrupted(folder, pieces=len(kept) // 2 + 1))
+    assert kept.items() <= files_of_pieces(folder).items(), "written again"
+    go_on()
+    assert not folder.exists()
+    go_on("whole")
+    found, expected = (
+        read(tmp_path / f"{name}.ranks" if job == "rank" else tmp_path / name / "results.jsonl")
+        for name in ("out", "whole")
+    )
+    check_same_rows(found, expected)
 
 
 def remember(folder):
@@ -107,10 +197,14 @@ def score_command(tmp_path, one, name="out"):
     return [sys.executable, "-m", "gram_jax.score", *score_flags(tmp_path, one, name)]
 
 
-def pieces(tmp_path):
+def files_of_pieces(folder):
     """The pieces that are done, with what tells a file from one written again."""
-    found = (tmp_path / "out.jsonl.shards").glob("[0-9]*.json*")
+    found = folder.glob("[0-9]*.json*")
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found if "tmp" not in p.name}
+
+
+def pieces(tmp_path):
+    return files_of_pieces(tmp_path / "out.jsonl.shards")
 
 
 def test_pieces_of_a_lost_process_are_done_by_others_and_no_piece_twice(tmp_path, one):

@@ -65,7 +65,7 @@ def english_rows(english, count):
 
 
 def engine(scorer):
-    return Engine(scorer, scorer.identity(), scorer.packed, scorer.engine)
+    return Engine.of(scorer)
 
 
 def likelihood(loaded, **changes):

@@ -31,7 +31,7 @@ def made_rows(count):
 
 
 def engine(scorer):
-    return Engine(scorer, SETTINGS, PackCounts(), EngineCounts())
+    return Engine(scorer, SETTINGS, PackCounts(), EngineCounts(), batch_tokens=64)
 
 
 def run(folder, rows, scorer, name="out.jsonl", source="in.jsonl", **options):

@@ -30,23 +30,9 @@ BOTH = RowShape(T, T, S, P, readouts=True)
 E = 0.05
 
 
-def judged(seed, count):
-    """Judge prompts in both orders, some of them ties, that share a beginning."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for key in range(count):
-        responses = tuple(tiny.ids(rng, 3, 12) for _ in range(2 * int(rng.integers(1, 3))))
-        pairs = tuple(
-            Pair(i, None, target=float(rng.choice([1.0, 0.0, 0.5])), weight=0.5)
-            for i in range(len(responses))
-        )
-        found.append(Example(tiny.ids(rng, 2, 10), responses, pairs, key=key))
-    return found
-
-
 @functools.cache
 def rows(kind, shape=LAST, count=14):
-    examples = judged(3, count) if kind == "judge" else tiny.preferences(4, count)
+    examples = tiny.judge_prompts(3, count) if kind == "judge" else tiny.preferences(4, count)
     return examples, list(pack(examples, shape))
 
 

@@ -82,6 +82,20 @@ def preferences(seed, count, *, reference=False):
     return found
 
 
+def judge_prompts(seed, count):
+    """Judge prompts in both orders, some of them ties, that share a beginning."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for key in range(count):
+        responses = tuple(ids(rng, 3, 12) for _ in range(2 * int(rng.integers(1, 3))))
+        pairs = tuple(
+            Pair(i, None, target=float(rng.choice([1.0, 0.0, 0.5])), weight=0.5)
+            for i in range(len(responses))
+        )
+        found.append(Example(ids(rng, 2, 10), responses, pairs, key=key))
+    return found
+
+
 def row_set(folder, packed, shape, shards=2, key=None):
     """Packed rows written to a folder as a preparation would, in shards."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,10 @@ class Block(ABC):
     first: int
 
     @abstractmethod
+    def content(self) -> tuple[bytes, ...]:
+        """The bytes that its records are read from."""
+
+    @abstractmethod
     def records(self) -> Iterator[tuple[int, Record | DataError]]:
         """Yields (number, record) in order, or (number, what is wrong with the record there)."""
 
@@ -62,6 +66,9 @@ class LinesBlock(Block):
     """Whole lines of JSON."""
 
     data: bytes
+
+    def content(self) -> tuple[bytes, ...]:
+        return (self.data,)
 
     def records(self) -> Iterator[tuple[int, Record | DataError]]:
         lines = self.data.split(b"\n")
@@ -77,6 +84,9 @@ class RawBlock(Block):
 
     raw: tuple[bytes, ...]
 
+    def content(self) -> tuple[bytes, ...]:
+        return self.raw
+
     def records(self) -> Iterator[tuple[int, Record | DataError]]:
         for row, raw in enumerate(self.raw, start=self.first):
             yield row, _json_record(raw, self.file, row)
@@ -87,6 +97,9 @@ class TableBlock(Block):
     """Rows of a Parquet or Arrow file, as Arrow streams of one batch of rows each."""
 
     streams: tuple[bytes, ...]
+
+    def content(self) -> tuple[bytes, ...]:
+        return self.streams
 
     def records(self) -> Iterator[tuple[int, Record | DataError]]:
         import pyarrow as pa

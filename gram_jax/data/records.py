@@ -131,6 +131,9 @@ class TfdsBlock(Block):
     raw: tuple[bytes, ...]
     features: str
 
+    def content(self) -> tuple[bytes, ...]:
+        return self.raw
+
     def records(self) -> Iterator[tuple[int, Record | DataError]]:
         for row, raw in enumerate(self.raw, start=self.first):
             yield row, _tfds_record(raw, self.features, self.file, row)

@@ -3,20 +3,23 @@
 import gzip
 import io
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import tiny
-from several_processes import check_same_scores, read, rows_to_score, write
+from several_processes import Interrupted, check_same_scores, read, rows_to_score, write
 
 from gram_jax.config import MeshConfig
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.models.decoder import Decoder
+from gram_jax.pieces import check_blocks, cut, digest_of, jsonl_source, read_pieces
+from gram_jax.piecework import by_pieces
 from gram_jax.scorer import RewardSettings
-from gram_jax.scoring_by_pieces import by_pieces, run_pieces
+from gram_jax.scoring_by_pieces import run_pieces
+from gram_jax.scoring_input import check_row
 from gram_jax.scoring_job import ScoringJob, run_job
-from gram_jax.scoring_pieces import check_blocks, cut, digest_of, read_pieces
 
 
 class Loaded(NamedTuple):
@@ -38,23 +41,10 @@ def job(tmp_path, name, **settings):
     )
 
 
-class Interrupted(io.StringIO):
-    """A console at which Ctrl-C is pressed when so many lines have been shown."""
-
-    def __init__(self, lines):
-        super().__init__()
-        self.lines = lines
-
-    def write(self, text):
-        self.lines -= "piece" in text
-        if self.lines < 0:
-            raise KeyboardInterrupt
-        return super().write(text)
-
-
-def interrupt(the_job, loaded, lines=3):
+def interrupt(the_job, loaded, pieces=4):
+    stream = Interrupted(Path(f"{the_job.output}.shards"), pieces)
     with pytest.raises(KeyboardInterrupt):
-        run_pieces(the_job, lambda: loaded, stream=Interrupted(lines))
+        run_pieces(the_job, lambda: loaded, stream=stream)
 
 
 def go_on(the_job, loaded):
@@ -110,7 +100,15 @@ def test_another_job_is_refused(tmp_path, loaded):
 
 
 def facts(path, size=1024):
-    return check_blocks(path, ["reward"], "likelihood", size)
+    def check(row):
+        check_row(row.record, ["reward"], "likelihood", file=row.file, line=row.line)
+        return {"row": 1}
+
+    return check_blocks([jsonl_source(str(path))], check, size)
+
+
+def read_again(path, blocks, pieces):
+    return list(read_pieces([jsonl_source(str(path))], 1024, blocks, pieces))
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
@@ -129,11 +127,11 @@ def test_pieces_hold_each_row_once_in_order(tmp_path, name):
         for piece in pieces[:-1]:
             some = blocks[piece.first : piece.first + piece.blocks]
             assert sum(block.size for block in some) >= 4 * batch_tokens
-        found = list(read_pieces(path, 1024, blocks, pieces))
+        found = read_again(path, blocks, pieces)
         assert [piece for piece, _ in found] == pieces
-        assert [row for _, some in found for _, row in some] == rows
-        assert [n for _, some in found for n, _ in some] == list(range(1, 501))
-        odd = list(read_pieces(path, 1024, blocks, pieces[1::2]))
+        assert [row.record for _, some in found for row in some] == rows
+        assert [row.line for _, some in found for row in some] == list(range(1, 501))
+        odd = read_again(path, blocks, pieces[1::2])
         assert odd == found[1::2]
     assert len(cut(blocks, 64)) >= 4
     assert len(cut(blocks, 1 << 20)) == 1
@@ -148,10 +146,10 @@ def test_a_file_that_changes_is_noticed(tmp_path):
     path.write_bytes(other)
     assert digest_of(facts(path)) != digest_of(blocks)
     with pytest.raises(UserError, match="has changed since it was checked"):
-        list(read_pieces(path, 1024, blocks, pieces))
+        read_again(path, blocks, pieces)
     write(path, rows_to_score(20))
     with pytest.raises(UserError, match=r"has changed since it was checked|become shorter"):
-        list(read_pieces(path, 1024, blocks, pieces[-1:]))
+        read_again(path, blocks, pieces[-1:])
 
 
 @pytest.mark.parametrize(

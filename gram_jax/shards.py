@@ -1,8 +1,9 @@
-"""The output of a scoring job of several processes while it is being made: OUTPUT.shards.
+"""The output of a job in pieces while it is being made: OUTPUT.shards.
 
   manifest.json   the settings, what the input is, and how it is cut into pieces
-  00012.jsonl     the rows of piece 12 with their scores
-  00012.json      that piece 12 is whole: the size and digest of its rows, and what it took
+  00012.jsonl     the rows of piece 12 with what was computed of them
+  00012.json      that piece 12 is whole: the size and digest of its rows, and counts over them
+  lock            held by process 0 while it is at work
 
 Each process writes the pieces that are its own, each file in one step. A piece with both files is
 done, whoever made it: a job that goes on, on any number of processes, computes the others. At the
@@ -16,16 +17,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO, Self, cast
 
 from gram_jax.distributed import main_first, process_id, told_by_all
 from gram_jax.errors import UserError
-from gram_jax.scoring_pieces import Piece
-from gram_jax.scoring_state import line_of
+from gram_jax.pieces import Piece
+from gram_jax.scoring_state import line_of, lock
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "manifest.json"
 
 
@@ -46,17 +48,34 @@ class Manifest:
     pieces: list[Piece]
 
     @property
-    def lines(self) -> int:
+    def rows(self) -> int:
         """Of the whole input."""
-        return sum(piece.lines for piece in self.pieces)
+        return sum(piece.rows for piece in self.pieces)
 
 
 class Shards:
-    """The folder. Every process calls every method, unless it says otherwise."""
+    """The folder. Use as a context manager: leaving it unlocks the folder.
+
+    Every process calls every method, unless it says otherwise.
+    """
 
     def __init__(self, output: str | Path):
         output = Path(output)
         self.folder = output.with_name(output.name + ".shards")
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def exists(self) -> bool:
         """Whether a job was begun here."""
@@ -80,8 +99,8 @@ class Shards:
                 return dataclasses.asdict(Manifest(**values))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
-                    f"{path}: not the manifest of a scoring job ({error}); delete {self.folder}, or"
-                    " choose another --output"
+                    f"{path}: not the manifest of a job in pieces ({error}); delete"
+                    f" {self.folder}, or choose another --output"
                 ) from None
 
         values = main_first(read)
@@ -89,11 +108,14 @@ class Shards:
             return None
         return Manifest(**values | {"pieces": [Piece(*piece) for piece in values["pieces"]]})
 
-    def write(self, manifest: Manifest) -> None:
+    def write(self, manifest: Manifest, *, shared: bool) -> None:
         """Begins a job, or goes on with it.
 
+        Args:
+          shared: every process will write pieces here, and not process 0 alone.
+
         Raises:
-          UserError: what process 0 writes here is not seen by the others.
+          UserError: another job is at work here, or the folder has to be shared and is not.
         """
         text = json.dumps({"format": _FORMAT, **dataclasses.asdict(manifest)}, indent=1)
 
@@ -101,9 +123,13 @@ class Shards:
             if not (self.folder / _MANIFEST).exists() and self.folder.exists():
                 shutil.rmtree(self.folder)  # what `remove` was killed at
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = cast(BinaryIO, (self.folder / "lock").open("ab"))
+            lock(self._lock, self.folder)
             _write(self.folder / _MANIFEST, text.encode())
 
         main_first(write)
+        if not shared:
+            return
         path = self.folder / _MANIFEST
         seen = path.exists() and path.read_text("utf-8") == text
         if not all(json.loads(one) for one in told_by_all(json.dumps(seen))):
@@ -122,21 +148,21 @@ class Shards:
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
 
     def write_piece(
-        self, number: int, rows: Sequence[dict[str, Any]], counts: dict[str, float]
+        self, number: int, rows: Sequence[dict[str, Any]], counts: Mapping[str, float]
     ) -> None:
-        """Writes a piece of this process."""
+        """Writes a piece. For the process that made it."""
         data = b"".join(map(line_of, rows))
         _write(self._rows(number), data)
-        facts = {"size": len(data), "sha256": _digest(data), "process": process_id(), **counts}
+        facts = {"size": len(data), "sha256": _digest(data), "counts": dict(counts)}
         _write(self._facts(number), json.dumps(facts).encode())
 
     def merged(
-        self, manifest: Manifest, add: Callable[[dict[str, Any]], None]
+        self, manifest: Manifest, add: Callable[[Mapping[str, float]], None]
     ) -> Iterator[list[dict[str, Any]]]:
         """The rows of each piece, in order. For process 0.
 
         Args:
-          add: is given what each piece took.
+          add: is given the counts of each piece.
 
         Raises:
           UserError: a piece is missing, or not what was written.
@@ -154,7 +180,7 @@ class Shards:
                     f"{path}: this piece of the output cannot be used ({error}); the same command"
                     " computes it again"
                 ) from None
-            add(facts)
+            add(facts["counts"])
             yield [json.loads(line) for line in data.splitlines()]
 
     def remove(self) -> None:

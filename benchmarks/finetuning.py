@@ -12,15 +12,16 @@ the gradient norm of the first. Counted are pairs.
 
 from __future__ import annotations
 
-import dataclasses
+from absl import flags
 
-from benchmarks import workloads
+from benchmarks import needed, training, workloads
 from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, speed_target
-from benchmarks.pretraining import LEARNING_RATE, optimizer_arguments
+from benchmarks.harness import OURS, speed_target
 from benchmarks.results import Case
 from gram_jax import entry
 from gram_jax.config import ObjectiveConfig
+
+_HALF = flags.DEFINE_bool("bfloat16", False, "Show the peer in bfloat16, too.")
 
 TARGET = 3.0
 PAIRS, PROMPT, RESPONSE = 4, 256, 128
@@ -35,30 +36,23 @@ def main(_: list[str]) -> None:
         sequences = workloads.pairs_of_ids(
             s.data, s.tokenizer, pairs, prompt=prompt, response=response
         )
-        work = sum(2 * len(a) + len(b) + len(c) for a, b, c in sequences)
-        objective = ObjectiveConfig(name="smoothed_pairwise", beta=BETA)
-        both = {
-            "model": str(s.model),
-            "sequences": sequences,
-            "objective": dataclasses.asdict(objective),
-            "learning_rate": LEARNING_RATE,
-        }
-        with (
-            Worker("ours:Training", **both, row_length=0) as ours,
-            Worker("peer:Training", **both, **optimizer_arguments()) as peer,
-        ):
-            peak = measure_peak(ours, peer, s.peak_size)
-            timings, difference = compare(
-                ours,
-                {"peer": (peer, "plain")},
-                repetitions=s.repetitions,
-                work=pairs,
-                unit="pairs",
-                warm_up_counts=True,
-            )
+        tokens = sum(2 * len(a) + len(b) + len(c) for a, b, c in sequences)
+        groups = [(len(a) - 1, [len(b), len(c)]) for a, b, c in sequences]
+        once = needed.once_a_prompt(s.config, groups, "responses")
+        twice = needed.once_a_response(s.config, groups, "all")
+        peak, timings, difference = training.measure(
+            s,
+            sequences,
+            ObjectiveConfig(name="smoothed_pairwise", beta=BETA),
+            row_length=0,
+            work=pairs,
+            unit="pairs",
+            flops={OURS: needed.BACKWARD * once, "peer": needed.BACKWARD * twice},
+            half=_HALF.value,
+        )
     case = Case(
         name="56M",
-        what=f"a step on {pairs} pairs, {work:,} tokens with each prompt twice",
+        what=f"a step on {pairs} pairs, {tokens:,} tokens with each prompt twice",
         timings=timings,
         difference=difference,
         targets=[speed_target(TARGET, timings, "peer")],

@@ -27,6 +27,8 @@ from gram_jax.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "gram_jax"
+BFLOAT16 = "bfloat16"
+"""The peer's variant that rounds otherwise: shown with its difference, held to no tolerance."""
 TOLERANCE = 1e-4
 """Largest |a - b| / max(1, |b|) between numbers of two sides: scores, losses, gradient norms."""
 
@@ -132,6 +134,8 @@ def compare(
     repetitions: int,
     work: float,
     unit: str,
+    flops: dict[str, float],
+    peak: dict[str, float],
     warm_up_counts: bool = False,
 ) -> tuple[list[Timing], float]:
     """Warms the sides up, lets them take turns, and compares their numbers.
@@ -141,10 +145,12 @@ def compare(
       peers: by name, another side and which of its variants.
       repetitions: how often each runs, warm-up left out.
       work, unit: what a run does, and in what.
+      flops: that a run of each side needs.
+      peak: what :func:`measure_peak` found.
       warm_up_counts: the numbers of the warm-up must agree, too.
 
     Returns:
-      The timings, ours first, and the largest relative difference of any number.
+      The timings, ours first, and the largest relative difference of any number, but of BFLOAT16.
 
     Raises:
       UserError: the numbers differ by more than TOLERANCE: they did not compute the same.
@@ -155,10 +161,14 @@ def compare(
     for name, answer in warm.items():
         say(f"  warm-up of {name}: {answer.seconds:.1f} s {answer.facts}")
     difference = agree(warm) if warm_up_counts else 0.0
+    rounding = 0.0
     runs: dict[str, list[Answer]] = {name: [] for name in calls}
     for repetition in range(repetitions):
         answers = {name: worker.call("run", *which) for name, (worker, which) in calls.items()}
         difference = max(difference, agree(answers))
+        if BFLOAT16 in answers:
+            pair = answers[OURS].numbers, answers[BFLOAT16].numbers
+            rounding = max(rounding, largest_difference(*pair))
         times = ", ".join(f"{name} {answer.seconds:.2f} s" for name, answer in answers.items())
         say(f"  {repetition + 1}/{repetitions}: {times}")
         for name, answer in answers.items():
@@ -173,7 +183,13 @@ def compare(
             unit=unit,
             compile_seconds=warm[name].compile_seconds,
             warm_up_seconds=warm[name].seconds,
-            facts={**warm[name].facts, **runs[name][-1].facts},
+            facts={
+                **warm[name].facts,
+                **runs[name][-1].facts,
+                **({"difference": rounding} if name == BFLOAT16 else {}),
+            },
+            flops=flops[name],
+            peak=peak[_LIBRARY.get(name, "PyTorch")],
         )
         for name in calls
     ]
@@ -181,13 +197,15 @@ def compare(
 
 
 def agree(answers: dict[str, Answer]) -> float:
-    """The largest relative difference between the numbers of gram_jax and any other side.
+    """The largest relative difference between the numbers of gram_jax and any other float32 side.
 
     Raises:
       UserError: it is more than TOLERANCE.
     """
     largest = 0.0
     for name, answer in answers.items():
+        if name == BFLOAT16:
+            continue
         difference = largest_difference(answers[OURS].numbers, answer.numbers)
         if difference > TOLERANCE:
             raise UserError(
@@ -199,13 +217,21 @@ def agree(answers: dict[str, Answer]) -> float:
     return largest
 
 
+_LIBRARY = {OURS: "XLA", BFLOAT16: "PyTorch bfloat16"}
+
+
+def has_bfloat16(peak: dict[str, float]) -> bool:
+    """Whether the processor has instructions for it: without, it is a hundred times slower."""
+    return peak["PyTorch bfloat16"] > peak["PyTorch"]
+
+
 def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:
-    """FLOP/s of float32 matrix products of this size, by library, and PyTorch's in bfloat16."""
+    """FLOP/s of matrix products of this size, by library, in float32 and in bfloat16."""
     ours.ready()
     peer.ready()
-    (xla,) = ours.call("peak", size).numbers
-    plain, half = peer.call("peak", size).numbers
-    peak = {"XLA": xla, "PyTorch": plain, "PyTorch bfloat16": half}
+    peak = {}
+    for name, side in (("XLA", ours), ("PyTorch", peer)):
+        peak[name], peak[f"{name} bfloat16"] = side.call("peak", size).numbers
     found = ", ".join(f"{name} {value / 1e9:.3g} GFLOP/s" for name, value in peak.items())
     say(f"  matrix products: {found}")
     return peak
@@ -214,7 +240,8 @@ def measure_peak(ours: Worker, peer: Worker, size: int) -> dict[str, float]:
 def speed_target(goal: float, timings: Sequence[Timing], peer: str) -> Target:
     """A target for how many times as long the side named ``peer`` takes."""
     by_name = {timing.side: timing for timing in timings}
-    found = ratio(by_name[peer].seconds, by_name[OURS].seconds)
+    ours = by_name[OURS]
+    found = ratio(by_name[peer].seconds, ours.seconds)
     return Target(
         what=f"speed, {peer} = 1",
         goal=goal,
@@ -222,6 +249,7 @@ def speed_target(goal: float, timings: Sequence[Timing], peer: str) -> Target:
         unit="x",
         low=found.low,
         high=found.high,
+        at_peak=found.median / ours.share if ours.share else None,
     )
 
 

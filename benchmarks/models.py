@@ -27,10 +27,10 @@ SHAPES = {
         head_dim=64,
         intermediate_size=1408,
     ),
-    "254M": ModelConfig(
+    "301M": ModelConfig(
         vocab_size=32000,
         hidden_size=1024,
-        num_layers=16,
+        num_layers=20,
         num_heads=16,
         num_kv_heads=8,
         head_dim=64,

@@ -3,10 +3,14 @@
 Scoring sorts by length and pads batches of a number of tokens on the right; the number is the one
 that is quickest on this machine, found during the warm-up. ``plain`` takes the model's logits, as
 evaluation harnesses and preference trainers do. ``careful`` unembeds only what is needed.
+``bfloat16`` is one of them with weights and activations in it; training keeps its weights in
+float32 (autocast).
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import time
 from collections.abc import Iterator
@@ -18,6 +22,7 @@ import transformers
 from torch.nn import functional
 
 from benchmarks import peak, workloads
+from benchmarks.harness import BFLOAT16
 
 Found = tuple[list[float], dict[str, Any]]
 Sequence = tuple[list[int], list[int]]
@@ -42,7 +47,8 @@ class _Peer:
     def peak(self, size: int) -> Found:
         """Measures the peak with PyTorch, in float32 and in bfloat16.
 
-        The latter on smaller matrices: without instructions for it, it is a hundred times slower.
+        The latter on small matrices first: without instructions for it, it is a hundred times
+        slower.
         """
 
         def measure(size: int, dtype: torch.dtype) -> float:
@@ -55,16 +61,20 @@ class _Peer:
 
             return peak.measure(products, size)
 
-        return [measure(size, torch.float32), measure(size // 8, torch.bfloat16)], {}
+        plain, half = measure(size, torch.float32), measure(size // 8, torch.bfloat16)
+        return [plain, measure(size, torch.bfloat16) if half > plain else half], {}
 
 
 class Scoring(_Peer):
     """Log-probs of responses, or the two labels' logits after a judge prompt."""
 
-    def __init__(self, *, model: str, questions: str, labels: list[int]):
-        """Args: labels: the judge's two; empty where responses are scored."""
+    def __init__(self, *, model: str, questions: str, labels: list[int], half: str):
+        """Args: labels: the judge's two; empty where responses are scored. half: the variant that
+        is meant by ``bfloat16``."""
         super().__init__(model)
         self.model.eval()
+        self._float32, self._bfloat16 = self.model, copy.deepcopy(self.model).to(torch.bfloat16)
+        self._half = half
         self._labels = labels
         asked = workloads.load(Path(questions))
         # A judge's numbers stand as [forward, backward] of each question.
@@ -101,6 +111,9 @@ class Scoring(_Peer):
         return len(prompt) + len(response)
 
     def _score(self, variant: str, which: Any, budget: int) -> tuple[dict[int, float], int]:
+        self.model = self._float32
+        if variant == BFLOAT16:
+            self.model, variant = self._bfloat16, self._half
         score = {
             ("plain", False): self._plain,
             ("careful", False): self._careful,
@@ -202,7 +215,7 @@ class Training(_Peer):
 
     def warm_up(self, variant: str) -> Found:
         """Takes the first step: its loss and gradient norm."""
-        loss = self._backward()
+        loss = self._backward(variant)
         # PyTorch's own norm of a large float32 tensor is wrong in the fourth digit on a CPU.
         squares = [p.grad.double().square().sum() for p in self.model.parameters()]
         norm = float(torch.stack(squares).sum().sqrt())
@@ -211,12 +224,15 @@ class Training(_Peer):
 
     def run(self, variant: str) -> Found:
         """Takes a step: its loss."""
-        loss = self._backward()
+        loss = self._backward(variant)
         self._update()
         return [loss], self._facts
 
-    def _backward(self) -> float:
-        loss = self._text_loss() if self._objective["name"] == "next_token" else self._pair_loss()
+    def _backward(self, variant: str) -> float:
+        is_text = self._objective["name"] == "next_token"
+        half = torch.autocast("cpu", torch.bfloat16) if variant == BFLOAT16 else None
+        with half or contextlib.nullcontext():
+            loss = self._text_loss() if is_text else self._pair_loss()
         self._optimizer.zero_grad()
         loss.backward()
         return float(loss.detach())
@@ -246,7 +262,7 @@ def _token_logprobs(logits: Any, targets: Any) -> Any:
     return torch.stack(
         [
             row.gather(-1, target[:, None])[:, 0] - row.logsumexp(-1)
-            for row, target in zip(logits, targets, strict=True)
+            for row, target in zip(map(torch.Tensor.float, logits), targets, strict=True)
         ]
     )
 

@@ -2,11 +2,12 @@
 
   python -m benchmarks.preferences [--data=FOLDER] [--small]
 
-The file has several pairs a prompt. `gram_jax.score` computes a prompt once for the responses of a
-row, and a response that several pairs have once a block; the peer computes both sequences of every
-pair, all of the file sorted by length, in padded batches of 4096 tokens. Counted are the places of
-all rows or batches, padding included: twice, with lines as they stand in the file, and with those
-of one prompt side by side. Longer sequences than 2048 tokens are cut.
+The file has several pairs a prompt. `gram_jax.score` reads a file on a disk by prompts, wherever
+their lines stand, and computes a prompt once for the responses of a row, and a response that
+several pairs have once a block; the peer computes both sequences of every pair, all of the file
+sorted by length, in padded batches of 4096 tokens. Counted are the places of all rows or batches,
+padding included: as the command does it, and in the order of the file, which is how it reads one
+that is compressed. Longer sequences than 2048 tokens are cut.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from benchmarks.workloads import padded_places
 from gram_jax import entry
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
+from gram_jax.grouping import IntArray, rows_of
 from gram_jax.scorer import RewardSettings, Scorer
 from gram_jax.scoring import Running
-from gram_jax.scoring_input import read_blocks
+from gram_jax.scoring_input import check_input, read_blocks
 from gram_jax.scoring_job import BLOCK_BATCHES
 
 TARGET = 0.6
@@ -36,23 +38,21 @@ def main(_: list[str]) -> None:
     """Counts, prints and writes."""
     with setting("56M") as s:
         rows = list(preference_rows(s.data))[: 200 if is_small() else None]
-        order: dict[str, int] = {}
-        for row in rows:
-            order.setdefault(str(row["prompt"]), len(order))
-        say(f"{len(rows):,} pairs of {len(order):,} prompts")
+        prompts = len({row["prompt"] for row in rows})
+        say(f"{len(rows):,} pairs of {prompts:,} prompts")
         settings = RewardSettings(reading="likelihood", too_long="truncate")
         scorer = Scorer(load_model(s.model, ComputeConfig()), settings)
-        together = sorted(rows, key=lambda row: order[str(row["prompt"])])
+        path = s.scratch / "pairs.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        by_prompt = check_input(path, ()).by_prompt
         cases = []
-        for name, lines in (("as it is", rows), ("prompts side by side", together)):
-            path = s.scratch / "pairs.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
-            ours, lengths = count_ours(scorer, path)
+        for name, order in (("by prompts", by_prompt), ("in the file's order", None)):
+            ours, lengths = count_ours(scorer, path, order)
             theirs = padded_places(lengths, BATCH_TOKENS)
             cases.append(
                 Case(
                     name=name,
-                    what=f"{len(rows):,} pairs of {len(order):,} prompts, {sum(lengths):,} tokens:"
+                    what=f"{len(rows):,} pairs of {prompts:,} prompts, {sum(lengths):,} tokens:"
                     f" {ours:,} places computed, the peer {theirs:,}",
                     timings=[],
                     difference=None,
@@ -70,11 +70,13 @@ def main(_: list[str]) -> None:
     finish("preferences", {}, cases)
 
 
-def count_ours(scorer: Scorer, path: Path) -> tuple[int, list[int]]:
+def count_ours(scorer: Scorer, path: Path, order: IntArray | None) -> tuple[int, list[int]]:
     """Places that `gram_jax.score` computes for a file, and the length of each of its sequences."""
     block_tokens = BLOCK_BATCHES * scorer.shapes[-1].places
     places, lengths = 0, list[int]()
-    for block in read_blocks(str(path), scorer.encoder, start=0, block_tokens=block_tokens):
+    rows = None if order is None else rows_of(path, order)
+    blocks = read_blocks(path, scorer.encoder, start=0, block_tokens=block_tokens, rows=rows)
+    for block in blocks:
         examples = block.sequences.examples()
         places += Running(examples, scorer.shapes, first=block.lines[0].number == 1).places
         by_key = {example.key: example for example in examples}

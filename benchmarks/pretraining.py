@@ -5,24 +5,21 @@
 8 rows of 512 tokens, 56M parameters, float32: forward, cross-entropy, backward, clipping, AdamW.
 Every row is one document, so that both compute the same. The loss of every step must agree, and the
 gradient norm of the first. The share of the peak is FLOPs of a step / (seconds x FLOP/s of matrix
-products by XLA), with `ModelConfig.flops_per_token` x 3: products only, causal attention counted
-once.
+products by XLA), with the FLOPs of `benchmarks.needed`: products only, causal attention counted
+once, the backward pass as two forward passes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
-from benchmarks import workloads
+from benchmarks import needed, training, workloads
 from benchmarks.command import finish, is_small, setting
-from benchmarks.harness import Worker, compare, measure_peak, speed_target
+from benchmarks.harness import OURS, speed_target
 from benchmarks.results import Case, Target
 from gram_jax import entry
-from gram_jax.config import ObjectiveConfig, OptimizerConfig
+from gram_jax.config import ObjectiveConfig
 
 SPEED, SHARE = 2.0, 0.45
 ROWS, LENGTH = 8, 512
-LEARNING_RATE = 1e-4
 
 
 def main(_: list[str]) -> None:
@@ -31,28 +28,16 @@ def main(_: list[str]) -> None:
     with setting("56M") as s:
         # The first token is context: a row computes `length` tokens and predicts as many.
         ids = workloads.rows_of_text(s.data, s.tokenizer, rows, length + 1)
-        sequences = [[one[:1], one[1:]] for one in ids]
-        objective = dataclasses.asdict(ObjectiveConfig(name="next_token"))
-        both = {
-            "model": str(s.model),
-            "sequences": sequences,
-            "objective": objective,
-            "learning_rate": LEARNING_RATE,
-        }
-        with (
-            Worker("ours:Training", **both, row_length=length) as ours,
-            Worker("peer:Training", **both, **optimizer_arguments()) as peer,
-        ):
-            peak = measure_peak(ours, peer, s.peak_size)
-            timings, difference = compare(
-                ours,
-                {"peer": (peer, "plain")},
-                repetitions=s.repetitions,
-                work=rows * length,
-                unit="tokens",
-                warm_up_counts=True,
-            )
-        flops = 3 * s.config.flops_per_token(length) * rows * length
+        flops = needed.BACKWARD * needed.once_a_prompt(s.config, [(0, [length])] * rows, "all")
+        peak, timings, difference = training.measure(
+            s,
+            [[one[:1], one[1:]] for one in ids],
+            ObjectiveConfig(name="next_token"),
+            row_length=length,
+            work=rows * length,
+            unit="tokens",
+            flops={OURS: flops, "peer": flops},
+        )
     shares = [flops / (seconds * peak["XLA"]) for seconds in timings[0].seconds]
     case = Case(
         name="56M",
@@ -72,17 +57,6 @@ def main(_: list[str]) -> None:
         ],
     )
     finish("pretraining", peak, [case])
-
-
-def optimizer_arguments() -> dict[str, object]:
-    """gram_jax's default optimiser, for the peer's."""
-    config = OptimizerConfig()
-    return {
-        "weight_decay": config.weight_decay,
-        "betas": [config.beta1, config.beta2],
-        "eps": config.eps,
-        "clip": config.clip,
-    }
 
 
 if __name__ == "__main__":

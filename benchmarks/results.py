@@ -22,6 +22,8 @@ class Target:
       reached: the same, measured.
       unit: written after both: ``x``, or ``%`` of what are shares here.
       low, high: the spread of ``reached`` over the repetitions, None where there is none.
+      at_peak: ``reached`` if gram_jax's operations ran at the speed of matrix products; None where
+        that is not what is measured.
     """
 
     what: str
@@ -31,6 +33,7 @@ class Target:
     at_most: bool = False
     low: float | None = None
     high: float | None = None
+    at_peak: float | None = None
 
     @property
     def met(self) -> bool:
@@ -49,6 +52,8 @@ class Timing:
       compile_seconds: of tracing and compiling, before.
       warm_up_seconds: of all that was done before, compiling included.
       facts: how it was done: places computed, padding, sizes of batches.
+      flops: that a repetition needs (`benchmarks.needed`); 0 where they are not counted.
+      peak: FLOP/s of matrix products by the side's library.
     """
 
     side: str
@@ -58,10 +63,17 @@ class Timing:
     compile_seconds: float
     warm_up_seconds: float
     facts: dict[str, Any]
+    flops: float = 0.0
+    peak: float = 0.0
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def share(self) -> float | None:
+        """Of the peak that was reached, by the median."""
+        return self.flops / (self.median * self.peak) if self.flops else None
 
     @property
     def rate(self) -> float:
@@ -164,7 +176,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """The inverse of :meth:`write`.
+        """The inverse of `write`.
 
         Raises:
           UserError: the file is none of these.

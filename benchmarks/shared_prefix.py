@@ -18,7 +18,7 @@ from gram_jax import entry
 from gram_jax.encoding import Encoder
 
 TARGET = 5.0
-PROMPTS, PROMPT, RESPONSES, RESPONSE = 3, 256, 8, 128
+PROMPTS, PROMPT, RESPONSES, RESPONSE = 2, 256, 8, 128
 
 
 def main(_: list[str]) -> None:

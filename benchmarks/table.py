@@ -27,29 +27,40 @@ def text(result: Result) -> str:
             lines += ["", _timings(case).text()]
             if case.difference is not None:
                 lines.append(f"largest difference {case.difference:.1e}")
+            lines += [
+                f"{timing.side} differs by up to {timing.facts['difference']:.1e}"
+                for timing in case.timings
+                if "difference" in timing.facts
+            ]
     if result.peak:
         found = ", ".join(f"{value / 1e9:.3g} ({name})" for name, value in result.peak.items())
-        lines += ["", f"matrix products, GFLOP/s, float32 but for the last: {found}"]
-    return "\n".join([*lines, "", targets([result]).text()])
+        lines += ["", f"matrix products, GFLOP/s, float32 where nothing is said: {found}"]
+    if any(case.targets for case in result.cases):
+        lines += ["", targets([result]).text()]
+    return "\n".join(lines)
 
 
 def targets(results: Sequence[Result]) -> Table:
-    """What was wanted and what was reached, a line each."""
+    """What was wanted and what was reached, a line each.
+
+    The last column is what gram_jax would reach if what it computes ran at the peak.
+    """
     rows = [
         (result.benchmark, case.name, target.what, _goal(target), _reached(target),
-         "yes" if target.met else "no")
+         "yes" if target.met else "no",
+         None if target.at_peak is None else _amount(target.at_peak, target.unit))
         for result in results
         for case in result.cases
         for target in case.targets
     ]  # fmt: skip
-    return Table(["benchmark", "case", "what", "target", "reached", "met"], rows)
+    return Table(["benchmark", "case", "what", "target", "reached", "met", "at the peak"], rows)
 
 
 def _timings(case: Case) -> Table:
     ours = case.timings[0]
     headers = [
         "side", "s (min-max)", f"{ours.unit}/s", f"{ours.side} is (min-max)", "compile s",
-        "padding",
+        "padding", "TFLOP", "of peak",
     ]  # fmt: skip
     rows = []
     for timing in case.timings:
@@ -62,6 +73,8 @@ def _timings(case: Case) -> Table:
                 None if timing is ours else _times(ratio(timing.seconds, ours.seconds)),
                 f"{timing.compile_seconds:.1f}" if timing.compile_seconds else None,
                 None if padding is None else f"{padding:.1%}",
+                f"{timing.flops / 1e12:.3g}" if timing.flops else None,
+                None if timing.share is None else f"{timing.share:.1%}",
             )
         )
     return Table(headers, rows)

@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 def save(path: Path, asked: list[Asked]) -> None:
-    """Writes questions for :func:`load`."""
+    """Writes questions for `load`."""
     path.write_text(json.dumps(asked), encoding="utf-8")
 
 
@@ -47,8 +47,13 @@ def num_tokens(asked: list[Asked]) -> int:
     return sum(len(prompt) + len(rest) for one in asked for prompt, rest in one.sequences)
 
 
-def separate_pairs(data: Path, encoder: Encoder, tokens: int) -> list[Asked]:
-    """Pairs of a prompt and its response until there are so many tokens; no prompt comes twice."""
+def separate_pairs(
+    data: Path, encoder: Encoder, tokens: int, longest: int = LONGEST
+) -> list[Asked]:
+    """Pairs of a prompt and its response until there are so many tokens; no prompt comes twice.
+
+    Pairs of more than ``longest`` tokens are passed over.
+    """
     seen: set[str] = set()
     asked: list[Asked] = []
     left = tokens
@@ -58,7 +63,7 @@ def separate_pairs(data: Path, encoder: Encoder, tokens: int) -> list[Asked]:
         seen.add(row["prompt"])
         one = _ask(encoder, row["prompt"], [row["chosen"]])
         size = num_tokens([one])
-        if size > min(left, LONGEST):
+        if size > min(left, longest):
             continue
         asked.append(one)
         left -= size
@@ -85,7 +90,7 @@ def best_of(
 def pairs_of_ids(
     data: Path, tokenizer: Tokenizer, count: int, *, prompt: int, response: int
 ) -> list[list[list[int]]]:
-    """[prompt, chosen, rejected] as ids, of lengths as in :func:`best_of`, exactly."""
+    """[prompt, chosen, rejected] as ids, of lengths as in `best_of`, exactly."""
     pieces, rng = Pieces(data, tokenizer), random.Random(0)
     return [
         [pieces.ids(prompt), *(pieces.ids(length) for length in _lengths(rng, response, 2))]

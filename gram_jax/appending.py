@@ -10,7 +10,7 @@ class AppendFile:
     """A file that a record is appended to as a whole or not at all.
 
     Nothing is kept back in this process, so a kill loses nothing that was appended. That it is on
-    the disk, and survives a loss of power, is known after :meth:`sync`.
+    the disk, and survives a loss of power, is known after `sync`.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -64,7 +64,7 @@ CHIPS = {
             accelerator="v5p-128", sources=(_CLOUD + "v5p",),
         ),
         Chip(
-            "v6e", "tpu", 918e12, 32 * 2**30, 1600e9, 400e9, 2, 25.6e12 / 256 / 8,
+            "v6e", "tpu", 918e12, 32 * 2**30, 1638e9, 400e9, 2, 25.6e12 / 256 / 8,
             accelerator="v6e-16", sources=(_CLOUD + "v6e",),
         ),
         Chip(
@@ -124,7 +124,7 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As :func:`parse_topology` reads it."""
+        """As `parse_topology` reads it."""
         text = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return text if self.slices == 1 else f"{self.slices}*{text}"
 

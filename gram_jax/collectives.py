@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 
@@ -51,7 +52,9 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """All exchanges of a step, in the order of the program.
 
     The compiler spreads an asynchronous exchange over several fusions, each with the whole
-    instruction in it: those of one channel are one exchange.
+    instruction in it: those of one channel are one exchange. Between slices arrays are handed to
+    the host (``send``), each device's to its twins in the other slices; slices differ along
+    ``data`` alone (`mesh.make_mesh`).
 
     Args:
       program: of a module that is partitioned over ``mesh``, whose devices are in its order.
@@ -89,7 +92,7 @@ def grouped(found: list[Collective]) -> list[Collective]:
 def _of(program: Program, i: Instruction) -> list[tuple[Instruction, bool]]:
     """The collectives that an instruction is or holds, and whether each is then scattered."""
     kind = i.opcode.removesuffix("-start")
-    if kind in KINDS:
+    if kind in KINDS or (kind == "send" and _between_slices(i)):
         return [(i, False)]
     if i.opcode != "fusion":
         return []
@@ -109,6 +112,9 @@ def _collective(
     i: Instruction, scatters: bool, times: float, mesh: Mapping[str, int]
 ) -> Collective | None:
     kind = i.opcode.removesuffix("-start")
+    if kind == "send":
+        kind, size = cast(tuple[str, int], _between_slices(i))
+        return Collective(kind, ("data",), size, i.arrays[0].bytes, times, i.arrays[0].dtype)
     axes, size = group_axes(i, mesh)
     if size == 1:
         return None
@@ -123,6 +129,17 @@ def _collective(
         kind = "reduce-scatter"
     largest = max(arrays, key=lambda array: array.bytes)
     return Collective(kind, axes, size, whole, times, largest.dtype)
+
+
+def _between_slices(i: Instruction) -> tuple[str, int] | None:
+    """The kind of an exchange between slices, and how many slices take part; None if it is none."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', i.attributes)
+    if kind is None or slices is None:
+        return None
+    ranges = [part.split(":") for part in slices.group(1).split(",")]
+    count = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+    return kind.group(1).lower().replace("_", "-"), count
 
 
 def group_axes(i: Instruction, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:

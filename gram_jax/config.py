@@ -1,6 +1,6 @@
 """Every setting of a run: dataclasses whose fields carry their meaning and their resume policy.
 
-A config file's ``get_config(arg)`` returns a :class:`Config`. Command-line overrides
+A config file's ``get_config(arg)`` returns a `Config`. Command-line overrides
 (``--config.optimizer.learning_rate=1e-4``) are applied by ``ml_collections.config_flags``, which
 sets attributes; after that `gram_jax.config_rules.validate` is called once.
 (``config_flags`` reads the fields' types at run time, so annotations are not deferred here.)
@@ -227,7 +227,7 @@ class DataConfig:
     )
     row_pairs: int = setting(0, "P, pairs per row (preferences); 0 = row_length / 16, at least 32.")
     max_prompt: int = setting(
-        0, "Longest prompt; longer ones keep BOS and their end. 0 = half a row."
+        0, "Longest prompt, tokens; longer ones keep BOS and their end. 0 = half a row."
     )
     too_long: str = setting(
         "truncate",
@@ -344,10 +344,15 @@ class TrainConfig:
     log_every: int = setting(10, "Steps between log lines.", resume=FREE)
     validate_every: int = setting(0, "Steps between validations; 0 = only at the end.", resume=FREE)
     validation_rows: int = setting(64, "At most so many rows are validated on.", resume=FREE)
+    wandb_project: str = setting(
+        "",
+        "Project at Weights & Biases that metrics go to as well; '' = none (docs/metrics.md).",
+        resume=FREE,
+    )
     stall_seconds: float = setting(
         STALL_SECONDS,
-        "A process that has finished no step, no batch of validation and no checkpoint for so long"
-        " prints what its threads are doing and ends with status 76; 0 = never.",
+        "A process that has finished no step, no batch of validation and no checkpoint for so many"
+        " seconds prints what its threads are doing and ends with status 76; 0 = never.",
         resume=FREE,
     )
 

@@ -31,7 +31,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Any], values: dict[str, Any], where: str = "config") -> Any:
-    """The inverse of :func:`to_dict`. Unknown or ill-typed fields are errors that name them."""
+    """The inverse of `to_dict`. Unknown or ill-typed fields are errors that name them."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     arguments: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 A likelihood and a head read a response after its prompt: one sequence per response. A judge reads
 judge prompts: two sequences per comparison, one for each order. What sequences have in common
-stands in front of them once; :class:`BlockBuilder` brings sequences with the same beginning
+stands in front of them once; `BlockBuilder` brings sequences with the same beginning
 together, so that it is computed once.
 """
 

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from gram_jax import distributed
 from gram_jax.config_rules import check_overrides
 from gram_jax.errors import UserError
+from gram_jax.help_text import help_text
 from gram_jax.reporting import duration
 from gram_jax.signals import Preempted
 
@@ -47,9 +48,9 @@ def run(main: Callable[[list[str]], None], *, one_process: bool = False) -> None
       main: is run by every process.
       one_process: several would do the same work, and write the same files.
     """
-    if "--help" in sys.argv[1:]:
-        app.define_help_flags()
-        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+    if {"--help", "-help", "-h", "-?"} & set(sys.argv[1:]):
+        print(help_text(main.__globals__["__doc__"], sys.argv[0], one_process=one_process), end="")
+        sys.exit(0)
     try:
         status = _run(main, one_process)
     except UserError as error:
@@ -143,7 +144,10 @@ def enable_compilation_cache() -> None:
 def define_config() -> Any:
     """The flag --config: a Python file whose get_config(arg) returns a Config."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file, as in configs/NAME.py or configs/NAME.py:ARGUMENT."
+        "config",
+        None,
+        "Config file, as in configs/NAME.py or configs/NAME.py:ARGUMENT. Any setting in it can be"
+        " given here too, as in --config.train.length=2000; docs/configs.md lists them.",
     )
 
 

@@ -62,12 +62,12 @@ class HfInfo:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> HfInfo:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of `to_json`."""
         return cls(**values)
 
 
 def is_hf_folder(path: str | Path) -> bool:
-    """Whether this is meant as a Hugging Face folder; :func:`load` says whether it is whole."""
+    """Whether this is meant as a Hugging Face folder; `load` says whether it is whole."""
     return (Path(path) / CONFIG).is_file()
 
 
@@ -121,7 +121,7 @@ def load(
       mesh: where the weights go; None = the first device.
 
     Raises:
-      UserError: as :func:`read_config`; or the mesh does not divide the model.
+      UserError: as `read_config`; or the mesh does not divide the model.
     """
     folder = Path(folder)
     config, info = read_config(folder)

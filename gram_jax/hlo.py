@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -88,8 +89,10 @@ class Program:
                 count = times * self.trip_count(computation, i)
                 for name in i.called("body"):
                     yield from self._runs(self.computations[name], count)
-            elif i.opcode in ("call", "async-start"):
-                for name in i.called("to_apply") or i.called("calls"):
+            elif i.opcode in ("call", "async-start", "custom-call"):
+                # A custom call's are run by another core of the device (SparseCore).
+                called = ("to_apply", "calls", "called_computations")
+                for name in itertools.chain.from_iterable(i.called(kind) for kind in called):
                     yield from self._runs(self.computations[name], times)
             elif i.opcode == "conditional":
                 branches = i.called("branch_computations") or (

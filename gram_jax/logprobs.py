@@ -6,7 +6,7 @@ other is exchanged once, after the loop over chunks. Each of forward and backwar
 ``shard_map``, inside one ``custom_vjp``.
 
 A gradient that depends on the log-probs, such as that of a ranking loss, needs the logits a second
-time. Where the loss is a weighted sum of them, :func:`next_token_loss` takes its gradient in the
+time. Where the loss is a weighted sum of them, `next_token_loss` takes its gradient in the
 same pass: one product of the size of the logits less.
 """
 
@@ -47,7 +47,14 @@ def target_logprobs(
 def target_logprobs_and_logz(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """As :func:`target_logprobs`, and log sum_v exp(logit_v), float32 [B, M]."""
+    """As `target_logprobs`, and log sum_v exp(logit_v), float32 [B, M]."""
+    return read_targets(hidden, unembedding, targets, chunk=chunk)[:2]
+
+
+def read_targets(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `target_logprobs_and_logz`, and whether no token is likelier, bool [B, M]."""
     unembedding, chunk = _prepared(unembedding, targets, chunk)
     return _primitive(hidden, unembedding, targets, chunk)
 
@@ -63,7 +70,7 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """(sum of w (-log p + z logz^2), sum of w (-log p)) over the targets.
 
-    The same as :func:`next_token_sums` of :func:`target_logprobs_and_logz`, with the gradient
+    The same as `next_token_sums` of `target_logprobs_and_logz`, with the gradient
     taken in the forward pass: d logit_v = w ((1 + 2 z logz) p_v - 1[v = target]). Only the first
     sum has a gradient, in ``hidden`` and ``unembedding``.
 
@@ -71,7 +78,7 @@ def next_token_loss(
     there the logits are computed twice rather than waiting in every chunk.
 
     Args:
-      hidden, unembedding, targets, chunk: see :func:`target_logprobs_and_logz`.
+      hidden, unembedding, targets, chunk: see `target_logprobs_and_logz`.
       weights: float32 [B, M]; 0 = an unused slot, whose other numbers mean nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -132,22 +139,23 @@ def reference_logprobs(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _primitive(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _forward(hidden, unembedding, targets, chunk)[0]
 
 
 def _forward(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk: int
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    run = _per_device(_forward_local, "BMD,VD,BM->BM,BM", chunk)
-    logprob, logz = run(hidden, unembedding, targets)
-    return (logprob, logz), (hidden, unembedding, targets, logz)
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
+    run = _per_device(_forward_local, "BMD,VD,BM->BM,BM,BM", chunk)
+    logprob, logz, likeliest = run(hidden, unembedding, targets)
+    return (logprob, logz, likeliest), (hidden, unembedding, targets, logz)
 
 
 def _backward(chunk: int, saved: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, None]:
     hidden, unembedding, targets, logz = saved
     run = _per_device(_backward_local, "BMD,VD,BM,BM,BM,BM->BMD,VD", chunk)
-    d_hidden, d_unembedding = run(hidden, unembedding, targets, logz, *cotangents)
+    d_logprob, d_logz, _ = cotangents  # a bool has none
+    d_hidden, d_unembedding = run(hidden, unembedding, targets, logz, d_logprob, d_logz)
     return d_hidden, d_unembedding, None
 
 
@@ -163,8 +171,8 @@ def _fused(
     z_loss: float,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    tokens = _primitive(hidden, unembedding, targets, chunk)
-    return next_token_sums(*tokens, weights, z_loss)
+    logprob, logz, _ = _primitive(hidden, unembedding, targets, chunk)
+    return next_token_sums(logprob, logz, weights, z_loss)
 
 
 def _fused_forward(
@@ -218,7 +226,7 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
 
 
 def _unchunk(x: jax.Array, m: int) -> jax.Array:
-    """The inverse of :func:`_chunks`."""
+    """The inverse of `_chunks`."""
     steps, b, chunk = x.shape[:3]
     return jnp.moveaxis(x, 0, 1).reshape(b, steps * chunk, *x.shape[3:])[:, :m]
 
@@ -238,7 +246,7 @@ def _local_ids(
 
 def _forward_local(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, *, chunk: int, distributed: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     ids, mine = _local_ids(targets, unembedding.shape[0], distributed)
     u = unembedding.astype(hidden.dtype)
 
@@ -259,7 +267,7 @@ def _forward_local(
         picked = jax.lax.psum(picked, "tensor")
         top = whole_top
     logz = top + jnp.log(total)
-    return picked - logz, logz
+    return picked - logz, logz, picked == top
 
 
 def _backward_local(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gram_jax import watchdog
 from gram_jax.checkpoints import RunInfo, load_model, load_tokenizer
 from gram_jax.config import FIXED, READINGS, Config
-from gram_jax.config_rules import differences, validate
+from gram_jax.config_rules import differences, to_dict, validate
 from gram_jax.data.judge import label_ids
 from gram_jax.data.loader import device_batch
 from gram_jax.data.stage import data_folder, num_steps, stage_data
@@ -31,7 +31,7 @@ from gram_jax.models.adapters import adapters_of, attach
 from gram_jax.models.decoder import Decoder, abstract_decoder, init_decoder
 from gram_jax.objectives import Metrics, smoothing_floor
 from gram_jax.readouts import Readout
-from gram_jax.reporting import MetricsLog, NullLog, Progress
+from gram_jax.reporting import Log, Logs, MetricsLog, Progress
 from gram_jax.saving import CheckpointStore, NotFinite
 from gram_jax.signals import Preempted, StopRequest
 from gram_jax.storage import local_folder
@@ -49,6 +49,7 @@ from gram_jax.training import (
     trainable_names,
 )
 from gram_jax.versions import versions
+from gram_jax.wandb_log import WandbLog, check_wandb
 from gram_jax.watchdog import watched
 
 
@@ -71,6 +72,8 @@ def run_stage(config: Config, workdir: str | Path, *, quiet: bool = False) -> St
       Preempted: SIGTERM came; before the loop, or after a step whose checkpoint is saved.
     """
     validate(config)
+    if config.train.wandb_project:
+        check_wandb()
     workdir = local_folder(workdir, "--workdir")
     with StopRequest() as stop:
         mesh = make_mesh(config.mesh)
@@ -79,7 +82,7 @@ def run_stage(config: Config, workdir: str | Path, *, quiet: bool = False) -> St
 
 
 class _Stage:
-    """One run's parts, built in order; :meth:`run` is the loop."""
+    """One run's parts, built in order; `run` is the loop."""
 
     def __init__(
         self,
@@ -158,14 +161,10 @@ class _Stage:
     def run(self) -> StageResult:
         c, began = self.config, time.perf_counter()
         every, validate_every = c.checkpoint.every, c.train.validate_every
-        log: MetricsLog | NullLog = NullLog()
-        if is_main():
-            log = MetricsLog(
-                self.workdir, resume_step=self.start or -1, on_error=c.checkpoint.on_error
-            )
+        logs = self._open_logs()
         self.stop.wait_for_steps()
         with (
-            log as self.log,
+            logs as self.log,
             watched(c.train.stall_seconds, "training"),
             Progress(
                 self.steps,
@@ -204,6 +203,15 @@ class _Stage:
                 self.store.poll()
             self.store.finish()
         return StageResult(self.steps, self.last, self.last_validation, time.perf_counter() - began)
+
+    def _open_logs(self) -> Logs:
+        c, start, logs = self.config, self.start or -1, list[Log]()
+        if is_main():
+            on_error = c.checkpoint.on_error
+            logs.append(MetricsLog(self.workdir, resume_step=start, on_error=on_error))
+            if project := c.train.wandb_project:
+                logs.append(WandbLog(self.workdir, project, to_dict(c), resume_step=start))
+        return Logs(logs)
 
     def _announce(self) -> None:
         """What is about to run, in a few lines."""

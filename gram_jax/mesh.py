@@ -3,7 +3,7 @@
 Arrays are split in two ways only. Weights: D over ``fsdp`` and ``context``; V, H, K and F over
 ``tensor``. Everything that has rows: B over ``data`` and ``fsdp``; places and targets over
 ``context`` (gram_jax/stripes.py); heads, features and vocabulary as the weights they come from. A
-weight is gathered along D just before use (:func:`gathered`).
+weight is gathered along D just before use (`gathered`).
 
 Without a mesh (``jax.set_mesh`` not entered) all functions here leave arrays as they are, so a
 model works on one device with no ceremony.
@@ -264,7 +264,7 @@ def place(
     sharding: NamedSharding,
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """An array whose parts come from the host, on purpose: where :func:`no_surprises` is in force.
+    """An array whose parts come from the host, on purpose: where `no_surprises` is in force.
 
     Args:
       read: gives the part at an index, and is asked for those that this process holds.

@@ -73,7 +73,7 @@ def preference_loss(
 
     ``smoothed_ce`` is (1 - e) CE(y_w) + e CE(y_l), the next-token loss with weights 1 - e and e on
     the two responses' tokens; it raises both likelihoods and is not a ranking loss by itself.
-    The others are :func:`pairwise_loss` on D = b (s_a - s_b) - margin. For ``smoothed_pairwise``, s
+    The others are `pairwise_loss` on D = b (s_a - s_b) - margin. For ``smoothed_pairwise``, s
     is the response's log-prob (less the reference model's, where there is one), summed or per
     token; for ``bradley_terry`` the head's number. For ``judge``, s_a is z_A - z_B of a judge
     prompt and s_b is 0, so the loss is the cross-entropy of the label over {A, B};

@@ -107,7 +107,7 @@ def pack(
     their own. ``counts``, if given, is complete when the first row is there.
 
     Raises:
-      DoesNotFit: see :func:`gram_jax.cutting.split_example`.
+      DoesNotFit: see `gram_jax.cutting.split_example`.
     """
     pieces: list[Piece] = []
     own = number = 0

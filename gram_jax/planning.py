@@ -144,7 +144,7 @@ def compile_step(config: Config, where: Slice, name: str = "train") -> Compiled:
         try:
             compiled, text = _compile(traced.lower())
         except jax.errors.JaxRuntimeError as error:
-            used, limit = out_of_memory(str(error))
+            used, limit = out_of_memory(str(error), sum(held))
             memory = Memory(*held, 0, used - sum(held), used, limit)
             seconds = time.monotonic() - began
             return Compiled(step, where, mesh, memory, flops, None, None, None, seconds)
@@ -180,15 +180,28 @@ def _compile(lowered: Any) -> tuple[Any, str]:
         return compiled, file.read_text(encoding="utf-8")
 
 
-def out_of_memory(message: str) -> tuple[int, int]:
+_AMOUNT = r"([\d.]+)([KMGT]?)"
+_ALL = re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm")
+_TEMPORARIES = re.compile(
+    rf"required for HLO temporaries \({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)"
+)
+
+
+def out_of_memory(message: str, arguments: int) -> tuple[int, int]:
     """(bytes needed, bytes there) as the compiler says it.
+
+    Args:
+      message: of the whole, or of what the step needs beside its arguments.
+      arguments: bytes of these.
 
     Raises:
       RuntimeError: the message is about something else.
     """
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    match = _ALL.search(message) or _TEMPORARIES.search(message)
     if match is None:
         raise RuntimeError(message)
     used, used_unit, limit, limit_unit = match.groups()
     scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return round(float(used) * scale[used_unit]), round(float(limit) * scale[limit_unit])
+    beside = 0 if match.re is _ALL else arguments
+    there = round(float(limit) * scale[limit_unit])
+    return round(float(used) * scale[used_unit]) + beside, there

@@ -39,10 +39,11 @@ p = 1 is then rated 7.6 above the other, one that wins with p = 0.95 by 2.935 in
 _TIE = 1e-6
 """Differences of p and of ratings that float32 scores and the solver do not resolve."""
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "the model gives a score that is not finite; its weights may be damaged, or too large for the"
     " compute dtype"
 )
+"""Why such a question has no answer."""
 
 
 class Ranking(NamedTuple):
@@ -315,7 +316,7 @@ class _Contest:
             self._num_tokens[i] = int(verdict.num_tokens[at])
         self._truncated |= verdict.truncated
         if not all(map(_finite, (verdict.rewards, verdict.forward, verdict.backward))):
-            raise QuestionError(number, _NOT_FINITE)
+            raise QuestionError(number, NOT_FINITE)
         if verdict.rewards is None:
             assert verdict.forward is not None and verdict.backward is not None
             p = judge_probability(verdict.forward, verdict.backward)
@@ -355,7 +356,7 @@ class _Contest:
 def _by_score(number: int, verdict: Verdict, done: Callable[[int], None] | None) -> Ranked:
     assert verdict.rewards is not None
     if not _finite(verdict.rewards):
-        raise QuestionError(number, _NOT_FINITE)
+        raise QuestionError(number, NOT_FINITE)
     if done is not None:
         done(len(verdict.rewards))
     tokens = tuple(map(int, verdict.num_tokens))

@@ -138,7 +138,7 @@ def check_ranking_input(
 
     Args:
       path: a JSONL file.
-      method, reference_index: see :func:`parse_rank_row`.
+      method, reference_index: see `parse_rank_row`.
       at: a number of lines whose digest is wanted besides that of all of them.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gram_jax.logprobs import next_token_loss, target_logprobs_and_logz
+from gram_jax.logprobs import next_token_loss, read_targets
 from gram_jax.mesh import context_size, out_spec, split, whole
 from gram_jax.models.decoder import Decoder
 from gram_jax.rows import Batch
@@ -43,6 +43,7 @@ class TokenLogprobs(NamedTuple):
 
     logprob: jax.Array
     logz: jax.Array
+    likeliest: jax.Array | None = None  # bool: the model gives no token a higher probability
 
 
 class SequenceScores(NamedTuple):
@@ -88,7 +89,7 @@ def _logprobs_at(
     """log p(target) from the hidden states at these places of the row."""
     slots = targets_bm.shape[1]
     hidden_bmd, targets_bm = _at_targets(hidden_btd, places_bm, targets_bm)
-    found = target_logprobs_and_logz(
+    found = read_targets(
         hidden_bmd, model.unembedding_vd(), targets_bm, chunk=model.compute.logprob_chunk
     )
     return TokenLogprobs(*(split(x, "B")[:, :slots] for x in found))

@@ -6,21 +6,22 @@ same files: a metrics log first cuts what was written after the checkpoint that 
 from, as those steps will happen again, and writes the event files anew from the lines that are
 left. The HTML report of a finished run is in `report.py`.
 
-With several processes only the first writes; the others have a `NullLog` and a `Progress` with
-enabled=False.
+With several processes only the first writes; the others have `Logs` of nothing and a `Progress`
+with enabled=False. Weights & Biases is in `wandb_log.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 from tqdm import tqdm
 
@@ -197,16 +198,38 @@ class MetricsLog:
         return True
 
 
-class NullLog:
-    """A `MetricsLog` of a process that is not the first: nothing is written."""
+class Log(Protocol):
+    """Takes numbers by step, as a `MetricsLog` does."""
+
+    def write(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None: ...
+    def sync(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Logs:
+    """Several logs as one; of a process that is not the first, none at all."""
+
+    def __init__(self, logs: Sequence[Log]) -> None:
+        self._logs = tuple(logs)
+        self._open = contextlib.ExitStack()
 
     def write(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
-        pass
+        for log in self._logs:
+            log.write(step, metrics, split=split)
 
     def sync(self) -> None:
-        pass
+        for log in self._logs:
+            log.sync()
 
     def __enter__(self) -> Self:
+        for log in self._logs:
+            self._open.enter_context(log)
         return self
 
     def __exit__(
@@ -215,7 +238,8 @@ class NullLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        pass
+        """Closes all of them, also where one cannot be."""
+        self._open.__exit__(kind, error, trace)
 
 
 def read_metrics(

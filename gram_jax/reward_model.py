@@ -137,8 +137,8 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
     flags.DEFINE_float(
         "stall_seconds",
         STALL_SECONDS,
-        "A process that has finished no batch for so long prints what its threads are doing and"
-        " ends with status 76. 0 = never.",
+        "A process that has finished no batch for so many seconds prints what its threads are"
+        " doing and ends with status 76. 0 = never.",
     )
     flags.DEFINE_string(
         "mesh",

@@ -79,7 +79,7 @@ class CheckpointStore:
         return int(found[0].name) if found else None
 
     def last_saved(self) -> int | None:
-        """:meth:`latest` after the save that is running, for a message about what ends the run."""
+        """`latest` after the save that is running, for a message about what ends the run."""
         try:
             self.wait()
         except SaveFailed as failed:

@@ -237,6 +237,11 @@ class Scorer:
         return self.settings.reading
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self._model.config.vocab_size
+
+    @property
     def beta(self) -> float:
         """Log-odds per unit of a difference of rewards."""
         return 1.0 if self.kind == "judge" else self.settings.beta
@@ -297,7 +302,7 @@ class Scorer:
         tokens = _WINDOW_BATCHES * self.shapes[-1].places
         builder, asked, first = BlockBuilder(), list[_Asked](), True
         for number, question in enumerate(questions):
-            encoded = self._encode(number, question)
+            encoded = self.encode(question, number)
             asked.append(_Asked(question, encoded, builder.add(encoded.sequences)))
             if builder.placed >= tokens or len(asked) >= _WINDOW_QUESTIONS:
                 yield _Window(asked, Running(builder.examples(), self.shapes, first=first))
@@ -305,7 +310,12 @@ class Scorer:
         if asked:
             yield _Window(asked, Running(builder.examples(), self.shapes, first=first))
 
-    def _encode(self, number: int, question: Question) -> Encoded:
+    def encode(self, question: Question, number: int = 0) -> Encoded:
+        """What the model reads to answer a question; ``number`` is its place, for the error.
+
+        Raises:
+          QuestionError: the tokenizer cannot do with it, or it is too long.
+        """
         try:
             return self.encoder.encode(*question)
         except ExampleError as error:
@@ -330,12 +340,18 @@ class _Window(NamedTuple):
 
     def verdicts(self, settings: RewardSettings) -> Iterator[Verdict]:
         for _, encoded, places in self.asked:
-            scores = np.array([self.running[place].score for place in places], np.float64)
-            num_tokens = np.array(encoded.num_tokens, np.int64)
-            truncated = bool(encoded.cut)
-            if settings.reading == "judge":
-                yield Verdict(None, num_tokens, scores[::2], scores[1::2], truncated)
-                continue
-            if settings.reading == "likelihood" and settings.average == "mean":
-                scores = scores / num_tokens
-            yield Verdict(scores, num_tokens, None, None, truncated)
+            yield verdict(settings, encoded, [self.running[place].score for place in places])
+
+
+def verdict(
+    settings: RewardSettings, encoded: Encoded, sequence_scores: Sequence[float]
+) -> Verdict:
+    """The answer to a question, from the scores of its sequences in their order."""
+    scores = np.array(sequence_scores, np.float64)
+    num_tokens = np.array(encoded.num_tokens, np.int64)
+    truncated = bool(encoded.cut)
+    if settings.reading == "judge":
+        return Verdict(None, num_tokens, scores[::2], scores[1::2], truncated)
+    if settings.reading == "likelihood" and settings.average == "mean":
+        scores = scores / num_tokens
+    return Verdict(scores, num_tokens, None, None, truncated)

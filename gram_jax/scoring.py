@@ -5,7 +5,7 @@ per ``batch_rows`` rows, and reading the numbers back. The host is never more th
 batch n + 1 is handed to the device before the numbers of batch n are fetched.
 
 The function is compiled once per shape. Batches have one shape, but for the only batch of a small
-input, which is as small as its rows allow (:func:`batch_shapes`); one whose responses are short is
+input, which is as small as its rows allow (`batch_shapes`); one whose responses are short is
 computed with a half or a quarter of the target slots.
 
 Several processes go through the same stream in lock-step. Each computes its share of every batch,
@@ -50,6 +50,7 @@ class Scored(NamedTuple):
       score: sum over its tokens of log p(token given all before it); or the judge's or the head's.
       num_tokens: how many tokens were added up; 1 for a judge and a head.
       token_logprobs: float32 [num_tokens], or None where they were not asked for.
+      greedy: each token is the likeliest at its place; None where token_logprobs is.
     """
 
     key: int
@@ -57,6 +58,7 @@ class Scored(NamedTuple):
     score: float
     num_tokens: int
     token_logprobs: FloatArray | None
+    greedy: bool | None = None
 
 
 class BatchShape(NamedTuple):
@@ -89,22 +91,23 @@ class EngineCounts:
 @functools.partial(jax.jit, static_argnames=("readout", "per_token"))
 def score_rows(
     model: Decoder, batch: Batch, readout: Readout, per_token: bool = False
-) -> tuple[SequenceScores, jax.Array | None]:
+) -> tuple[SequenceScores, tuple[jax.Array, jax.Array] | None]:
     """Scores of the sequences of B rows.
 
     Args:
       model: a decoder.
       batch: rows with ``sequence_ids``, or ``readout_index``; padding rows are allowed.
       readout: what a score is.
-      per_token: also return the log-prob of each target.
+      per_token: also return the log-prob of each target, and whether it is the likeliest token.
 
     Returns:
-      SequenceScores of [B, S], and float32 [B, M] or None; on a mesh, whole on every device. Absent
-      sequences count 0 tokens; unused target slots hold finite numbers that mean nothing.
+      SequenceScores of [B, S], and (float32, bool) of [B, M] or None; on a mesh, whole on every
+      device. Absent sequences count 0 tokens; unused target slots hold finite numbers that mean
+      nothing.
     """
     found = read(model, batch, readout)
-    logprob_bm = found.tokens.logprob if per_token and found.tokens else None
-    return jax.tree.map(whole, (found.scores, logprob_bm))
+    tokens = (found.tokens.logprob, found.tokens.likeliest) if per_token and found.tokens else None
+    return jax.tree.map(whole, (found.scores, tokens))
 
 
 def scoring_shape(row_length: int, reading: str = "likelihood") -> RowShape:
@@ -124,19 +127,29 @@ def batch_shapes(
 ) -> list[BatchShape]:
     """The shapes that batches may have, the smallest first; the last one is the usual one.
 
-    Each holds twice the places of the one before: more rows, spread over ``mesh``, or longer
-    ones. The others are for inputs that would not half fill the usual one.
+    The others are for inputs that would not fill it: half as many rows, spread over ``mesh``, and
+    so on; then one row each with a half of the tokens, and so on, with three lengths between.
     """
-    shapes = [BatchShape(scoring_shape(row_length, reading), batch_rows)]
-    while True:
-        row, size = shapes[0]
-        if size % (2 * row_shards(mesh)) == 0:
-            size //= 2
-        elif row.tokens % (2 * row_parts(mesh)) == 0 and row.tokens // 2 >= _SHORTEST_ROW:
-            row = scoring_shape(row.tokens // 2, reading)
-        else:
-            return shapes
-        shapes.insert(0, BatchShape(row, size))
+    counts = [batch_rows]
+    while counts[-1] % (2 * row_shards(mesh)) == 0:
+        counts.append(counts[-1] // 2)
+    shapes = [BatchShape(scoring_shape(row_length, reading), size) for size in counts]
+    longest = row_length
+    while longest > _SHORTEST_ROW and longest % 2 == 0:
+        for length in (longest * eighths // 8 for eighths in (7, 6, 5, 4)):
+            whole_eighth = longest % 8 == 0 or length == longest // 2
+            if whole_eighth and length % row_parts(mesh) == 0 and length >= _SHORTEST_ROW:
+                shapes.append(BatchShape(scoring_shape(length, reading), counts[-1]))
+        longest //= 2
+    return shapes[::-1]
+
+
+def doubling(shapes: Sequence[BatchShape]) -> list[BatchShape]:
+    """Of the shapes of `batch_shapes` those that hold twice the places of the one before, where
+    compiling all of them would take too long."""
+    kept = [shapes[-1]]
+    kept += (shape for shape in shapes[-2::-1] if 2 * shape.places <= kept[-1].places)
+    return kept[::-1]
 
 
 def score_examples(
@@ -159,7 +172,7 @@ def score_examples(
     Args:
       model: a decoder, placed on ``mesh`` if there is one.
       examples: read as they are needed.
-      shape: of the rows; see :func:`scoring_shape`. Their length divides by the mesh's 2 x context.
+      shape: of the rows; see `scoring_shape`. Their length divides by the mesh's 2 x context.
       batch_rows: rows computed at once; divides by the mesh's data x fsdp.
       readout: what a score is; None = the log-prob.
       mesh: what the model is spread over, or None for one device.
@@ -201,7 +214,7 @@ def score_batches(
     batch of fewer rows is filled up with rows of padding.
 
     Args:
-      model, mesh, per_token: see :func:`score_examples`.
+      model, mesh, per_token: see `score_examples`.
       batches: read as they are needed.
       readout: what a score is, None = the log-prob; ``sequences`` are those of the rows.
       counts: added to.
@@ -256,24 +269,28 @@ def _assemble(rows: Sequence[PackedRow], shape: BatchShape) -> Batch:
 
 
 def _fetch(
-    rows: Sequence[PackedRow], result: tuple[SequenceScores, jax.Array | None]
+    rows: Sequence[PackedRow],
+    result: tuple[SequenceScores, tuple[jax.Array, jax.Array] | None],
 ) -> list[Scored]:
     """Waits for a batch and names its numbers."""
-    (score_bs, num_tokens_bs), logprob_bm = jax.device_get(result)
+    (score_bs, num_tokens_bs), tokens_bm = jax.device_get(result)
     scored = []
     for b, row in enumerate(rows):
         slot = 0
         for s, (key, response) in enumerate(row.origins):
             n = int(num_tokens_bs[b, s])
             # Sequences fill the target slots one after the other.
-            tokens = None if logprob_bm is None else logprob_bm[b, slot : slot + n]
-            scored.append(Scored(key, response, float(score_bs[b, s]), n, tokens))
+            logprobs, greedy = None, None
+            if tokens_bm is not None:
+                logprobs, likeliest = (x[b, slot : slot + n] for x in tokens_bm)
+                greedy = bool(likeliest.all())
+            scored.append(Scored(key, response, float(score_bs[b, s]), n, logprobs, greedy))
             slot += n
     return scored
 
 
 class Running:
-    """Examples that were packed together, on their way through :func:`score_batches`.
+    """Examples that were packed together, on their way through `score_batches`.
 
     Attributes:
       batches: their rows.
@@ -283,12 +300,18 @@ class Running:
     """
 
     def __init__(
-        self, examples: Sequence[Example], shapes: Sequence[BatchShape], *, first: bool = False
+        self,
+        examples: Sequence[Example],
+        shapes: Sequence[BatchShape],
+        *,
+        first: bool = False,
+        short_end: bool = False,
     ):
-        """``shapes`` as :func:`batch_shapes` gives them.
+        """``shapes`` as `batch_shapes` gives them.
 
         The ``first`` examples of an input are all of it, if they are few, and their batch is then
-        as small as can be. Others have the usual shape, which is compiled.
+        as small as can be. Others have the usual shape, which is compiled. With ``short_end`` the
+        last of several batches has no more rows than it needs, where all shapes are compiled.
         """
         self.packed = PackCounts()
         rows: list[PackedRow] = []
@@ -304,7 +327,11 @@ class Running:
                 break
         starts = range(0, len(rows), shape.size)
         self.batches = [RowBatch(rows[i : i + shape.size], shape) for i in starts]
-        self.places = len(self.batches) * shape.places
+        if short_end and len(self.batches) > 1:
+            last = self.batches[-1].rows
+            fits = (s for s in shapes if s.row == shape.row and s.size >= len(last))
+            self.batches[-1] = RowBatch(last, next(fits))
+        self.places = sum(batch.shape.places for batch in self.batches)
         self.missing = len(self.batches)
         self._scores: dict[tuple[int, int], Scored] = {}
 

@@ -4,10 +4,11 @@ A row is ``{"prompt", "response"}``, ``{"prompt", "responses": [...]}`` or
 ``{"prompt", "chosen", "rejected"}``; prompts and responses are text or chat messages. A judge takes
 two responses, or one and a ``reference`` to compare it with.
 
-Lines are read in blocks. Within a block, lines with the same prompt become one example, so that the
-prompt is computed once, and equal responses to it too. Blocks know nothing of each other: the
-numbers of a block are the same to the bit whether or not the blocks before it were just computed,
-which is what lets a job go on after a block as if it had never stopped.
+Lines are read in blocks, in the order of the file or by prompts (`grouping`). Within a block, lines
+with the same prompt become one example, so that the prompt is computed once, and equal responses to
+it too. Blocks know nothing of each other: the numbers of a block are the same to the bit whether or
+not the blocks before it were just computed, which is what lets a job go on after a block as if it
+had never stopped.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from gram_jax.data.sources import (
 )
 from gram_jax.encoding import BlockBuilder, Cut, Encoded, Encoder
 from gram_jax.errors import DataError, UserError
+from gram_jax.grouping import IntArray, PromptOrder
 
 MAX_LINES = 8192
 """Lines of a block, at most: what bounds memory where lines are short or all alike."""
@@ -58,11 +60,15 @@ class Candidates(NamedTuple):
 class InputFacts(NamedTuple):
     """A file that has been read to its end and found good.
 
-    ``digests`` maps a number of lines to the SHA-256 of the rows on that many first lines.
+    Attributes:
+      lines: how many there are.
+      digests: of a number of lines, the SHA-256 of the rows on that many first lines.
+      by_prompt: see `grouping.PromptOrder.lines`.
     """
 
     lines: int
     digests: dict[int, str]
+    by_prompt: IntArray | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -79,8 +85,8 @@ class Line:
 
 @dataclasses.dataclass(slots=True)
 class Block:
-    """Some lines that follow one another, the sequences they need, and a SHA-256 of all rows up to
-    the block's last line."""
+    """Some lines that were read one after the other, the sequences they need, and a SHA-256 of all
+    rows up to the block's last line."""
 
     lines: list[Line]
     sequences: BlockBuilder
@@ -88,7 +94,7 @@ class Block:
 
     @property
     def end(self) -> int:
-        """Lines of the file up to the end of the block."""
+        """The number of the last line."""
         return self.lines[-1].number
 
 
@@ -137,14 +143,15 @@ def check_input(
     """
     digest = hashlib.sha256()
     digests = {0: digest.hexdigest()}
-    number = 0
+    number, prompts = 0, PromptOrder()
     for number, row in read_jsonl(path):
         check_row(row, reserved, reading, file=path, line=number)
         add_row(digest, row)
+        prompts.add(row["prompt"])
         if number == at:
             digests[number] = digest.hexdigest()
     digests[number] = digest.hexdigest()
-    return InputFacts(number, digests)
+    return InputFacts(number, digests, prompts.lines())
 
 
 def check_row(
@@ -213,7 +220,7 @@ def read_blocks(
     """The lines after the first ``start``, in blocks of about ``block_tokens`` tokens to compute.
 
     Args:
-      rows: those of the file, with the numbers of their lines; None to read all of it.
+      rows: those wanted, with the numbers of their lines; None = all, in the file's order.
 
     Raises:
       DataError: a bad row, or one that is too long.

@@ -1,7 +1,8 @@
 """The scoring job: a JSONL file in, the same rows in the same order with their scores out.
 
-Memory does not grow with the file. Lines are read in blocks (see ``scoring_input``) of a bounded
-number of tokens and lines; at any time at most ``BLOCKS_IN_FLIGHT`` exist: one being read and
+Memory hardly grows with the file. Lines are read in blocks (see ``scoring_input``) of a bounded
+number of tokens and lines, by prompts where those of a prompt stand apart (``grouping``), which
+takes two numbers a line; at any time at most ``BLOCKS_IN_FLIGHT`` exist: one being read and
 tokenised in another thread, one being computed, and one whose last batch has not come back. Only
 the summary of preference pairs keeps three numbers and a reference per pair.
 
@@ -31,6 +32,7 @@ from gram_jax.config import STALL_SECONDS
 from gram_jax.distributed import is_main, main_first
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Accuracy, by_subset
+from gram_jax.grouping import IntArray, has_places, rows_of
 from gram_jax.report import Table
 from gram_jax.reporting import Progress, duration, human
 from gram_jax.scorer import Loaded, RewardSettings, Scorer, judge_probability
@@ -162,22 +164,28 @@ def run_job(
         reading = job.reward.reading
         at = state.lines if state else 0
         facts = check_input(job.input, job.columns(), at=at, reading=reading)
-        check_alike(job.input, facts.digests[facts.lines])
+        digest = facts.digests[facts.lines]
+        check_alike(job.input, digest)
+        order = facts.by_prompt if has_places(job.input) else None
         scorer = Scorer(load(), job.reward, mesh)
         settings = {**scorer.identity(), "per_token": job.per_token}
         if state is None:
-            state = JobState(settings, facts.digests[0])
-        check_same(state, settings, facts.lines, facts.digests, files)
+            done = facts.digests[0] if order is None else digest
+            state = JobState(settings, done, by_prompt=order is not None)
+        if not state.by_prompt:  # one that was begun so goes on so
+            order = None
+        digests = {state.lines: digest} if state.by_prompt else facts.digests
+        check_same(state, settings, facts.lines, digests, files)
         if state.summary is not None:
-            files.finish()
+            files.finish(order)
             return JobResult(Summary(**state.summary), was_complete=True)
         files.open(state)
         with watched(job.stall_seconds, "scoring"):
-            state = _score(job, scorer, files, state, facts.lines, stream)
+            state = _score(job, scorer, files, state, facts.lines, order, stream)
         counts = state.counts
         state.summary = main_first(lambda: dataclasses.asdict(summarise(counts, files.rows())))
         files.write_state(state)
-        files.finish()
+        files.finish(order)
         return JobResult(Summary(**state.summary), was_complete=False)
 
 
@@ -187,14 +195,16 @@ def _score(
     files: JobFiles,
     state: JobState,
     total: int,
+    order: IntArray | None,
     stream: TextIO | None,
 ) -> JobState:
     """Scores what is left, keeps the state on disk up to date, and returns it."""
     blocks = read_blocks(
         job.input,
         scorer.encoder,
-        start=state.lines,
+        start=state.lines if order is None else 0,
         block_tokens=BLOCK_BATCHES * scorer.shapes[-1].places,
+        rows=None if order is None else rows_of(job.input, order[state.lines :]),
     )
     engine = scorer.engine
     waiting: collections.deque[RunningBlock] = collections.deque()
@@ -264,8 +274,8 @@ def _after(
     }
     return dataclasses.replace(
         state,
-        input_sha256=running.block.digest,
-        lines=running.block.end,
+        input_sha256=state.input_sha256 if state.by_prompt else running.block.digest,
+        lines=state.lines + len(running.block.lines),
         size=size,
         counts=counts,
     )

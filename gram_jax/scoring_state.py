@@ -25,6 +25,7 @@ import numpy as np
 
 from gram_jax.distributed import is_main, main_first, process_id
 from gram_jax.errors import UserError
+from gram_jax.grouping import IntArray, lines_of
 
 _FORMAT = 1
 
@@ -35,11 +36,12 @@ class JobState:
 
     Attributes:
       settings: all that decides the numbers and columns; see ``differences``.
-      input_sha256: of the rows that are done.
-      lines: how many these are.
+      input_sha256: of the rows that are done; of all of them if they are done by prompts.
+      lines: how many are done.
       size: bytes of the partial file that hold them.
       counts: sums over them, and seconds spent.
       summary: of the whole, once it is complete.
+      by_prompt: they are done in the order of `grouping`, and so the partial file is.
     """
 
     settings: dict[str, Any]
@@ -48,6 +50,7 @@ class JobState:
     size: int = 0
     counts: dict[str, float] = dataclasses.field(default_factory=dict)
     summary: dict[str, Any] | None = None
+    by_prompt: bool = False
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -158,23 +161,36 @@ class JobFiles:
             for line in stream:
                 yield json.loads(line)
 
-    def finish(self) -> None:
-        """Makes OUTPUT of the partial file in one step; may be repeated after a kill."""
+    def finish(self, order: IntArray | None = None) -> None:
+        """Makes OUTPUT of the partial file in one step; may be repeated after a kill.
+
+        Args:
+          order: the lines' numbers in OUTPUT, from 1, as they stand in the partial file; None = in
+            order.
+        """
         if not is_main() or not self.partial.exists():
             return
-        if self.output.name.endswith(".gz"):
-            temporary = self.output.with_name(self.output.name + ".tmp")
-            # No name and no time in the header: equal rows make equal files.
-            with (
-                self.partial.open("rb") as source,
-                temporary.open("wb") as raw,
-                gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as target,
-            ):
-                shutil.copyfileobj(source, target, 1 << 20)
-            temporary.replace(self.output)
-            self.partial.unlink()
-        else:
+        packed = self.output.name.endswith(".gz")
+        if not packed and order is None:
             self.partial.replace(self.output)
+            return
+        temporary = self.output.with_name(self.output.name + ".tmp")
+        with temporary.open("wb") as target:
+            if packed:
+                # No name and no time in the header: equal rows make equal files.
+                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=target, mtime=0) as stream:
+                    self._copy(cast(BinaryIO, stream), order)
+            else:
+                self._copy(target, order)
+        temporary.replace(self.output)
+        self.partial.unlink()
+
+    def _copy(self, target: BinaryIO, order: IntArray | None) -> None:
+        if order is None:
+            with self.partial.open("rb") as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+            return
+        target.writelines(lines_of(self.partial, np.argsort(order)))
 
     def close(self) -> None:
         if self._stream is not None:

@@ -1,6 +1,6 @@
 """SIGTERM: a machine that is about to be taken away asks the run to stop.
 
-While the loop of a stage runs, the step is finished, a checkpoint saved, and :class:`Preempted`
+While the loop of a stage runs, the step is finished, a checkpoint saved, and `Preempted`
 raised; before the loop, and in commands without one, it is raised at once. Another SIGTERM, after a
 second or more, ends the process there and then.
 """
@@ -46,7 +46,7 @@ class StopRequest:
     def __init__(
         self, message: str = "stopped by SIGTERM before the first step; the same command goes on"
     ) -> None:
-        """``message`` is that of a :class:`Preempted` that is raised at once."""
+        """``message`` is that of a `Preempted` that is raised at once."""
         self.requested = False
         self._message = message
         self._raised = False
@@ -89,7 +89,7 @@ class StopRequest:
             self._restore = []
 
     def wait_for_steps(self) -> None:
-        """From here on the loop asks :meth:`at_step`; nothing is raised in between.
+        """From here on the loop asks `at_step`; nothing is raised in between.
 
         Processes meet here first: one that left before its first step would leave the others alone
         in theirs.

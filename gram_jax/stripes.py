@@ -13,7 +13,7 @@ batch, which every device has whole. A hidden state that is read goes to whoever
 
 Batches, their indices (``target_index``, ``readout_index``) and all results are in the row's order:
 nothing else knows of stripes. The functions here that say "a device's share" are for use within
-:func:`gram_jax.mesh.per_device`. Without a mesh, or with C = 1, a device's share is the row.
+`gram_jax.mesh.per_device`. Without a mesh, or with C = 1, a device's share is the row.
 """
 
 from __future__ import annotations

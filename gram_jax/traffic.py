@@ -13,7 +13,7 @@ _FREE = frozenset(
     {
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
         "conditional", "after-all", "partition-id", "replica-id", "add-dependency",
-        "opt-barrier", "async-start", "domain",
+        "opt-barrier", "async-start", "async-update", "domain",
     }
 )  # fmt: skip
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollective", "AssumeGather")
@@ -33,6 +33,8 @@ def _bytes(program: Program, computation: Computation, i: Instruction) -> int:
     op = i.opcode
     if op in _FREE or op.endswith("-done") or any(t in i.attributes for t in _FREE_TARGETS):
         return 0
+    if op == "custom-call" and i.called("called_computations"):
+        return 0  # counted where they are run
     if op in ("copy-start", "slice-start"):
         # (to, from, context) and ((from), to, context): what is moved is the smaller one.
         ends = i.arrays[:2]

@@ -72,7 +72,7 @@ def split_model(model: Decoder, train: TrainConfig) -> tuple[Any, Any, Any]:
 
 
 def merge_model(graph: Any, trainable: Any, frozen: Any) -> Decoder:
-    """The inverse of :func:`split_model` (blocks stay in two stacks where they were split)."""
+    """The inverse of `split_model` (blocks stay in two stacks where they were split)."""
     return cast(Decoder, nnx.merge(graph, trainable, frozen))
 
 

@@ -35,7 +35,7 @@ def progress() -> None:
 
 @contextlib.contextmanager
 def watched(seconds: float, doing: str) -> Iterator[None]:
-    """Within it, :func:`progress` must be called at least every so many seconds; 0 = never."""
+    """Within it, `progress` must be called at least every so many seconds; 0 = never."""
     if not seconds:
         yield
         return

@@ -23,6 +23,7 @@ for name in sorted(set(saved.files) - {"tokens", "lengths"}):
     model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer("w5 w7").input_ids == [5, 7], name
+    assert set(tokenizer("w5 w7")) == {"input_ids", "attention_mask"}, name  # all that models take
     with torch.inference_mode():
         if kind.endswith("CausalLM"):
             found = [model(tokens).logits]

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from gram_jax.logprobs import (
     next_token_loss,
     next_token_sums,
+    read_targets,
     reference_logprobs,
     target_logprobs,
     target_logprobs_and_logz,
@@ -98,6 +99,22 @@ def test_values_and_gradients_are_the_same_on_a_mesh(arrays, expected, sizes, ch
     assert found["logprob"].sharding.spec == activation_spec("BM")
     wanted = NamedSharding(mesh, weight_spec("VD"))
     assert found["d_unembedding"].sharding.is_equivalent_to(wanted, 2)
+
+
+@pytest.mark.parametrize("sizes", [None, *MESHES], ids=str)
+def test_the_likeliest_tokens_are_known(arrays, sizes):
+    hidden, unembedding, targets, weights = arrays
+    best = (hidden @ unembedding.T).argmax(-1).astype(np.int32)
+    mixed = np.where(np.arange(M) % 3 == 0, best, targets)
+    read = jax.jit(lambda *arrays: read_targets(*arrays, chunk=5)[2])
+    if sizes is None:
+        found = read(hidden, unembedding, mixed)
+    else:
+        mesh = tiny.mesh(*sizes)
+        with jax.set_mesh(mesh):
+            found = read(*placed((hidden, unembedding, mixed, weights), mesh)[:3])
+    np.testing.assert_array_equal(found, mixed == best)
+    assert 0 < (mixed == best).sum() < mixed.size
 
 
 def test_through_the_log_prob_alone_the_gradient_is_onehot_minus_softmax(arrays):

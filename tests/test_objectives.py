@@ -181,6 +181,31 @@ def test_smoothed_ce_is_the_next_token_loss_with_weights_1_minus_e_and_e(batch, 
     np.testing.assert_allclose(gradient(logprob, batch, **options), slope, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("e", [0.0, 0.05, 0.3])
+def test_smoothed_ce_is_the_ranking_loss_and_minus_log_of_both_probabilities(batch, logprob, e):
+    scores = np.array(list(by_hand(logprob, batch).values()))
+    difference = scores[:, 0] - scores[:, 1]
+    ranking = -log_sigmoid(difference) + e * difference
+    both_likely = -np.logaddexp(scores[:, 0], scores[:, 1])
+    found = loss(logprob, batch, name="smoothed_ce", label_smoothing=e)
+    assert found["loss"] == pytest.approx((ranking + both_likely).sum(), rel=1e-5)
+    assert found["ranking_loss"] == pytest.approx(ranking.sum(), rel=1e-5)
+
+
+def test_smoothed_ce_pushes_both_responses_whatever_their_difference(batch, logprob):
+    e, pushes = 0.1, []
+    for scale in (1.0, 0.01):  # differences of other sizes
+        slope = gradient(scale * logprob, batch, name="smoothed_ce", label_smoothing=e)
+        pushes.append(np.asarray(slope))
+    np.testing.assert_array_equal(*pushes)
+    b, p = np.argwhere(batch.pair_weight != 0)[0]
+    one_pair = changed(batch, pair_weight=np.zeros_like(batch.pair_weight))
+    one_pair.pair_weight[b, p] = 1.0
+    slope = np.asarray(gradient(logprob, one_pair, name="smoothed_ce", label_smoothing=e))
+    for number, push in ((batch.pair_a[b, p], -(1 - e)), (batch.pair_b[b, p], -e)):
+        np.testing.assert_allclose(slope[b, batch.sequence_ids[b] == number], push, rtol=1e-6)
+
+
 def test_a_margin_is_subtracted_from_the_difference(batch, logprob):
     margin = np.where(batch.pair_weight != 0, 1.5, 0).astype(np.float32)
     differences = [a - b - 1.5 for a, b in by_hand(logprob, batch).values()]

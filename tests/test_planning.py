@@ -132,6 +132,51 @@ ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
     assert found == Collective("all-reduce", ("fsdp",), 4, 16, 5, "f32")
 
 
+def test_an_exchange_that_another_core_makes_is_counted_once():
+    """Of tpu7x: an asynchronous call, in it a custom call, and in that the exchange."""
+    text = """HloModule offloaded
+
+%called.1 (p.1: bf16[8,24]) -> bf16[8,192] {
+  %p.1 = bf16[8,24]{1,0} parameter(0)
+  ROOT %gather.1 = bf16[8,192]{1,0} all-gather(%p.1), channel_id=18, replica_groups=mesh['a'=8] {'a'}, dimensions={1}
+}, execution_thread="sparsecore"
+
+%async.1 (p.2: bf16[8,24]) -> bf16[8,192] {
+  %p.2 = bf16[8,24]{1,0} parameter(0)
+  ROOT %call.1 = bf16[8,192]{1,0} custom-call(%p.2), custom_call_target="T", called_computations={%called.1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[8,24]) -> bf16[8,192] {
+  %x = bf16[8,24]{1,0} parameter(0)
+  %start = ((bf16[8,24]{1,0}), bf16[8,192]{1,0}) async-start(), calls=%async.1
+  %update = ((bf16[8,24]{1,0}), bf16[8,192]{1,0}) async-update(%start, %x)
+  ROOT %done = bf16[8,192]{1,0} async-done(%update)
+}
+"""  # noqa: E501
+    program = parse(text)
+    (found,) = collectives(program, {"data": 1, "fsdp": 8})
+    assert found == Collective("all-gather", ("fsdp",), 8, 2 * 8 * 192, 1, "bf16")
+    assert memory_traffic(program) == 2 * 8 * (24 + 192)
+
+
+@pytest.mark.parametrize(("target", "slices"), [("{1,2}x{0:7}", 2), ("{1:4}x{0:7}", 4)])
+def test_what_is_sent_to_other_slices_is_counted(target, slices):
+    text = f"""HloModule slices
+
+ENTRY %main (x: f32[192,8]) -> f32[192,8] {{
+  %x = f32[192,8]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[192,8]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%x, %token), channel_id=6, is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{target}",_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %recv = (f32[192,8]{{1,0}}, u32[]{{:S(2)}}, token[]) recv(%token), channel_id=5, is_host_transfer=true, frontend_attributes={{_xla_megascale_target="{target}",_xla_megascale_transfer_type="ALL_REDUCE"}}
+  %sent = token[] send-done(%send), channel_id=6
+  %received = (f32[192,8]{{1,0}}, token[]) recv-done(%recv), channel_id=5
+  ROOT %sum = f32[192,8]{{1,0}} get-tuple-element(%received), index=0
+}}
+"""  # noqa: E501
+    (found,) = collectives(parse(text), {"data": slices, "fsdp": 8})
+    assert found == Collective("all-reduce", ("data",), slices, 4 * 192 * 8, 1, "f32")
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [
@@ -269,10 +314,15 @@ def test_the_compilers_message_says_how_much_is_missing():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.51G of 15.75G hbm."
     )
-    used, limit = out_of_memory(message)
-    assert (used, limit) == (round(23.51 * 2**30), round(15.75 * 2**30))
+    limit = round(15.75 * 2**30)
+    assert out_of_memory(message, 1000) == (round(23.51 * 2**30), limit)
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory"
+        " required for HLO temporaries (82.35G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
+    assert out_of_memory(message, 1000) == (round(82.35 * 2**30) + 1000, limit)
     with pytest.raises(RuntimeError, match="something else"):
-        out_of_memory("something else")
+        out_of_memory("something else", 0)
 
 
 # Roofline

@@ -1,6 +1,7 @@
 """The engine: scores are those of transformers run alone, whatever lies around a sequence."""
 
 import dataclasses
+import itertools
 import random
 import re
 
@@ -28,6 +29,7 @@ from gram_jax.scoring import (
     Running,
     _assemble,
     batch_shapes,
+    doubling,
     score_batches,
     score_examples,
     score_rows,
@@ -135,6 +137,18 @@ def test_scores_are_those_of_transformers_run_alone(model, examples, expected):
         np.testing.assert_allclose(score.token_logprobs, peer_logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_what_the_peer_writes_greedily_is_called_greedy(model, peer, examples):
+    prompt = torch.tensor(examples[0].prompt[None], dtype=torch.long)
+    with torch.inference_mode():
+        written = peer.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    greedy = written[0, prompt.shape[1] :].numpy().astype(np.int32)
+    other = greedy.copy()
+    other[5] = (other[5] + 1) % 400
+    example = Example(examples[0].prompt, (greedy, other, greedy[:3]), key=0)
+    found = score_examples(model, [example], SHAPE, 1, per_token=True)
+    assert {score.response: score.greedy for score in found} == {0: True, 1: False, 2: True}
+
+
 @pytest.mark.parametrize(("row_length", "batch_rows"), [(256, 1), (256, 3), (400, 4)])
 def test_scores_do_not_depend_on_the_shape(model, examples, alone, row_length, batch_rows):
     found = score_examples(model, examples, scoring_shape(row_length), batch_rows, window=16)
@@ -200,18 +214,36 @@ def test_few_targets_are_computed_in_a_shorter_shape_with_equal_scores(model, ex
     check_alike(found, {(e.key, 0): alone[e.key, 0] for e in single})
 
 
-def test_batches_come_in_sizes_that_double():
+def test_small_batches_have_fewer_rows_and_then_shorter_ones():
     def sizes(*args):
         return [(size, row.tokens) for row, size in batch_shapes(*args)]
 
-    assert sizes(1024, 2) == [(1, 256), (1, 512), (1, 1024), (2, 1024)]
-    assert sizes(600, 6, "head", tiny.mesh(1, 2, 1)) == [(6, 300), (6, 600)]
+    short = [(1, n) for n in (256, 320, 384, 448, 512, 640, 768, 896)]
+    assert sizes(1024, 2) == [*short, (1, 1024), (2, 1024)]
+    assert sizes(600, 6, "head", tiny.mesh(1, 2, 1)) == [
+        *((6, n) for n in (300, 375, 450, 525)), (6, 600)
+    ]  # fmt: skip
+    # A length between must divide among the parts of a row, twice each.
+    context = tiny.mesh(1, 1, 1, 2)
+    assert sizes(1024, 1, "judge", context) == [*short, (1, 1024)]
+    assert sizes(600, 1, "head", context) == [(1, 300), (1, 600)]
     assert sizes(64, 3) == [(3, 64)]
 
 
+def test_of_many_shapes_those_that_double_can_be_taken():
+    found = [(size, row.tokens) for row, size in doubling(batch_shapes(1024, 4))]
+    assert found == [(1, 256), (1, 512), (1, 1024), (2, 1024), (4, 1024)]
+    assert doubling(batch_shapes(64, 3)) == batch_shapes(64, 3)
+
+
+def test_a_batch_between_two_sizes_is_padded_by_a_quarter_at_most():
+    lengths = [row.tokens for row, _ in batch_shapes(8192, 1)]
+    assert all(b <= 1.25 * a for a, b in itertools.pairwise(lengths))
+
+
 def test_a_small_input_is_computed_in_a_small_batch_with_equal_scores(model, examples, alone):
-    def score(some, **options):
-        running = Running(some, batch_shapes(1024, 4), **options)
+    def score(some, row_length=1024, **options):
+        running = Running(some, batch_shapes(row_length, 4), **options)
         for scores in score_batches(model, running.batches):
             running.add(scores)
         assert not running.missing
@@ -227,6 +259,10 @@ def test_a_small_input_is_computed_in_a_small_batch_with_equal_scores(model, exa
     assert score(few, first=True) < 2 * max(tokens, 256) <= 1024
     assert score(few) == 4 * 1024
     assert score(examples, first=True) % 4096 == 0
+    rows = [len(list(pack(examples[:n], SHAPE))) for n in range(len(examples) + 1)]
+    n = max(n for n, found in enumerate(rows) if found > 4 and found % 4 == 1)
+    assert score(examples[:n], 256, short_end=True) == rows[n] * 256
+    assert score(examples[:n], 256) == (rows[n] + 3) * 256
 
 
 def shapes_in(jaxpr):

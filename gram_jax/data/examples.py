@@ -1,7 +1,7 @@
 """From texts, responses and preferences to token examples; what is cut is cut by rule, and counted.
 
-In two steps, so that many processes can share the work. :func:`encode_rows` turns rows of a file
-into token records, each by itself. :func:`group_records` turns the records of a shard into
+In two steps, so that many processes can share the work. `encode_rows` turns rows of a file
+into token records, each by itself. `group_records` turns the records of a shard into
 examples: rows of one prompt have the same key, so they meet there, wherever they stood.
 
 Text: a document is BOS, its tokens, EOS. One longer than a row goes on in another record that

@@ -358,12 +358,13 @@ def _json_record(raw: bytes, file: str, line: int) -> Record | DataError:
         return fault(f"not JSON: {brief(error)}")
     if not isinstance(value, dict):
         return fault(f"a JSON object is expected, not {kind(value)}")
-    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and _is_too_deep(value):
+    if raw.count(b"[") + raw.count(b"{") > _DEEPEST and is_too_deep(value):
         return fault(f"JSON nested more than {_DEEPEST} levels deep")
     return value
 
 
-def _is_too_deep(value: Any) -> bool:
+def is_too_deep(value: Any) -> bool:
+    """Whether lists and objects lie in one another deeper than any row needs."""
     level = [value]
     for _ in range(_DEEPEST):
         inner = (v.values() if isinstance(v, dict) else v for v in level)

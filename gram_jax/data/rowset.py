@@ -5,8 +5,8 @@
       rows-00000-of-00004.array_record    one row per record, little-endian, compressed (zstd)
       quarantine.jsonl                    bad rows, with on_bad_row=quarantine
 
-A record holds the fields of :class:`gram_jax.rows.Batch` one after the other, in the order and with
-the types of :func:`row_dtype`. The manifest is written last: without it the folder is unfinished.
+A record holds the fields of `gram_jax.rows.Batch` one after the other, in the order and with
+the types of `row_dtype`. The manifest is written last: without it the folder is unfinished.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class RowSet:
         return self.manifest.rows
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """The rows with these numbers, a vector of :func:`row_dtype`.
+        """The rows with these numbers, a vector of `row_dtype`.
 
         Raises:
           DataError: a row is damaged.

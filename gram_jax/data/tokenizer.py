@@ -170,6 +170,8 @@ class Tokenizer:
         config = {name: value for name, value in self._config.items() if name not in dropped}
         # Any other class may rebuild the tokenizer by its own rules; this one takes it as it is.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Of this class transformers 4 expects token_type_ids, too, which decoders refuse.
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         _write_text(folder / "tokenizer.json", self._content)
         _write_text(folder / "tokenizer_config.json", text + "\n")
@@ -237,6 +239,25 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of the ids."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Returns the text that each token adds to that of the tokens before it.
+
+        Joined, they are the decoded text. The text of a character that several tokens share stands
+        with the last of them.
+        """
+        pieces, start, done = list[str](), 0, 0  # decoded from start on; up to done it is given out
+        before = ""
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[start:end])
+            # Half a character is shown as U+FFFD until the rest of it is there.
+            if end < len(ids) and end - done < 8 and text.endswith("\ufffd"):
+                pieces.append("")
+                continue
+            pieces.append(text[len(before) :])
+            start, done = done, end
+            before = self.decode(ids[start:end])
+        return pieces
 
     def end_token_of(self, text: str) -> str | None:
         """Returns the special token (end of turn, or EOS) that the text ends with, or None."""

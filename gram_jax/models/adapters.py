@@ -2,9 +2,9 @@
 
 LoRA (arXiv 2106.09685) puts two matrices A and B of a small rank r beside a frozen projection W,
 which then gives x W + (alpha / r) (x A) B; they begin and are scaled as in PEFT. Training has them
-apart; whatever is loaded to score, to export or to start from has them in W (:func:`merged`).
+apart; whatever is loaded to score, to export or to start from has them in W (`merged`).
 
-A checkpoint's config says which of these weights its model has (:func:`adapters_of`), so that a
+A checkpoint's config says which of these weights its model has (`adapters_of`), so that a
 model can be described before they are read.
 """
 

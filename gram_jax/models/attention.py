@@ -59,7 +59,7 @@ def window_mask(
     """Keys within a sliding window, [B, T, S] bool: at positions above p - window for a query at p.
 
     Positions, not places in the row, so a branch sees the end of the prefix that it continues.
-    ``queries`` as in :func:`row_mask`.
+    ``queries`` as in `row_mask`.
     """
     return queries(positions_bs)[:, :, None] - positions_bs[:, None, :] < window
 

@@ -54,7 +54,7 @@ def block_view(
     positions: jax.Array,
     window: jax.Array | int | None = None,
 ) -> BlockView:
-    """Prepares rows for :func:`block_attention`, once for all layers of equal window.
+    """Prepares rows for `block_attention`, once for all layers of equal window.
 
     Args:
       segment_ids, branch_ids, positions: int32 [B, T].
@@ -84,7 +84,7 @@ def block_attention(
 
     Args:
       q_bthe: [B, T, H, E]; k_bske, v_bske: [B, T, K, E], K divides H; one dtype.
-      view: of :func:`block_view`.
+      view: of `block_view`.
 
     Returns:
       [B, T, H, E] in the dtype of v. Padding queries are finite.

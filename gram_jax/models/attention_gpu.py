@@ -52,7 +52,7 @@ def flash_view(
     positions: jax.Array,
     window: jax.Array | int | None = None,
 ) -> FlashView:
-    """Prepares rows for :func:`flash_attention`; once per batch and window.
+    """Prepares rows for `flash_attention`; once per batch and window.
 
     Args:
       segment_ids, branch_ids, positions: int32 [B, T].
@@ -77,7 +77,7 @@ def flash_attention(
 
     Args:
       q_bthe: [B, T, H, E]; k_bske, v_bske: [B, T, K, E], K divides H; one dtype.
-      view: of :func:`flash_view`.
+      view: of `flash_view`.
       interpret: run the kernels as plain JAX, for tests without a GPU.
 
     Returns:

@@ -6,7 +6,7 @@ dynamic mask: blocks that it rules out are skipped, the others are read and appl
 calls, one for the prefix and one for the branch, would each compute the whole triangle: with many
 candidates a prompt that is several times the products, and a second pass over the outputs.
 
-The mask is cut into blocks once per batch (:func:`splash_view`) and shared by all heads and by the
+The mask is cut into blocks once per batch (`splash_view`) and shared by all heads and by the
 layers of equal window.
 
 Where a row is split over devices (gram_jax/stripes.py), each has the mask of its own queries and
@@ -61,7 +61,7 @@ def splash_view(
     positions: jax.Array,
     window: jax.Array | int | None = None,
 ) -> SplashView:
-    """Prepares rows for :func:`splash_attention`; once per batch and window.
+    """Prepares rows for `splash_attention`; once per batch and window.
 
     Args:
       segment_ids, branch_ids, positions: int32 [B, T]; branch_ids is None where every segment is
@@ -88,7 +88,7 @@ def splash_attention(
 
     Args:
       q_bthe: [B, T, H, E]; k_bske, v_bske: [B, T, K, E], K divides H; one dtype.
-      view: of :func:`splash_view`.
+      view: of `splash_view`.
       interpret: run the kernels as plain JAX, for tests without a TPU.
 
     Returns:

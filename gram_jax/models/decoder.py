@@ -2,7 +2,7 @@
 
 Modules are plain pytrees: ``jax.jit``, ``jax.grad``, ``jax.lax.scan`` and ``jax.tree.map`` take
 them as they are. The blocks of a model are stacked along a leading layer axis and scanned. A model
-whose first blocks are frozen holds two stacks (see :meth:`Decoder.split_stacks`), because part of
+whose first blocks are frozen holds two stacks (see `Decoder.split_stacks`), because part of
 a stacked array cannot be frozen.
 
 Letters: B rows, T tokens, D model, H heads, K key-value heads, E head width, F feed-forward,

@@ -5,7 +5,7 @@ the keys at places [prefix_start, prefix_end) and [branch_start, i], and a query
 [branch_start, i]: three integers a query. A sliding window only moves the starts, because positions
 count on by one within the prefix and within each branch.
 
-Kernels visit blocks of places. :func:`key_blocks` and :func:`query_blocks` say which, so that what
+Kernels visit blocks of places. `key_blocks` and `query_blocks` say which, so that what
 the mask rules out costs nothing.
 """
 

@@ -13,12 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks import workloads
 from benchmarks.corpus import corpus_tokenizer, preference_rows
-from benchmarks.harness import ROOT, Worker, compare
+from benchmarks.harness import BFLOAT16, ROOT, Worker, compare, has_bfloat16
 from benchmarks.models import SHAPES, write_model
 from benchmarks.results import Result
 from benchmarks.workloads import padded_places
 from gram_jax.encoding import Encoder
 from gram_jax.errors import UserError
+
+# Eight commands of several processes each.
+pytestmark = pytest.mark.timeout(900)
 
 SIDES = {
     "scoring": ["gram_jax", "plain", "careful"],
@@ -28,6 +31,7 @@ SIDES = {
     "finetuning": ["gram_jax", "peer"],
     "preferences": [],
     "input": [],
+    "parts": [],
 }
 
 
@@ -80,14 +84,19 @@ def run(name, data, folder):
     command.append(f"--output={folder / name}.json")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "target" in done.stdout
+    assert f"{name}: python -m benchmarks.{name}" in done.stdout
     return Result.read(folder / f"{name}.json")
 
 
 @pytest.mark.parametrize("name", [name for name, sides in SIDES.items() if sides])
 def test_both_sides_of_a_benchmark_agree(name, results):
     (case,) = results[name].cases
-    assert [timing.side for timing in case.timings] == SIDES[name]
+    sides = [timing.side for timing in case.timings]
+    # Where the processor has instructions for it.
+    shown = name != "finetuning" and has_bfloat16(results[name].peak)
+    half = [BFLOAT16] if shown else []
+    assert sides == SIDES[name] + half
+    assert all(timing.share > 0 for timing in case.timings)
     assert 0 < case.difference < 1e-4
     assert all(timing.work > 0 and timing.median > 0 for timing in case.timings)
     assert results[name].peak["XLA"] > 0 and results[name].peak["PyTorch"] > 0
@@ -96,7 +105,7 @@ def test_both_sides_of_a_benchmark_agree(name, results):
 
 def test_a_preference_file_is_counted_in_both_orders(results):
     cases = results["preferences"].cases
-    assert [case.name for case in cases] == ["as it is", "prompts side by side"]
+    assert [case.name for case in cases] == ["by prompts", "in the file's order"]
     for case in cases:
         assert "30 pairs of 10 prompts" in case.what and case.targets[0].at_most
 
@@ -112,6 +121,14 @@ def test_the_input_is_measured_beside_the_step_it_feeds(results):
         assert target.reached == pytest.approx(source.rate / step.rate)
 
 
+def test_the_parts_of_a_step_and_the_rest_are_the_step(results):
+    (case,) = results["parts"].cases
+    step, *parts = case.timings
+    assert [part.side for part in parts[-2:]] == ["clipping and AdamW", "the rest"]
+    assert sum(part.seconds[0] for part in parts) == pytest.approx(step.seconds[0])
+    assert sum(part.flops for part in parts) == pytest.approx(step.flops)
+
+
 def test_a_start_is_cut_into_its_parts(data, tmp_path):
     (case,) = run("loading", data, tmp_path).cases
     first, again, peer = case.timings
@@ -121,6 +138,26 @@ def test_a_start_is_cut_into_its_parts(data, tmp_path):
         parts = timing.facts["parts"]
         assert sum(parts.values()) == pytest.approx(timing.median)
         assert all(parts[name] > 0 for name in ("imports", "weights", "batch", "rest"))
+
+
+def test_served_scores_are_those_of_a_batch(data, tmp_path):
+    (case,) = run("serving", data, tmp_path).cases
+    batch, served = case.timings
+    assert [batch.side, served.side] == ["batch", "served"]
+    assert case.difference < 1e-5
+    assert served.facts["batches"] >= 1 and 0 < served.facts["padding"] < 1
+
+
+def test_a_soak_finds_nothing_wrong_and_nothing_lost(data):
+    command = [sys.executable, "-m", "benchmarks.soak", "--small", "--minutes=0.1"]
+    done = subprocess.run(
+        [*command, f"--data={data}", "--clients=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1), done.stderr[-3000:]  # 1: so short a run may grow
+    for line in ("wrong answers 0", "lost requests 0"):
+        assert line in " ".join(done.stdout.split()), done.stdout + done.stderr[-3000:]
+    for line in ("answered 0", "refused with their field 0", "went away 0"):
+        assert f"{line} " not in " ".join(done.stdout.split()), done.stdout
 
 
 def test_padded_places_are_counted_as_the_peer_pads():
@@ -161,11 +198,18 @@ def test_another_models_numbers_are_refused(data, tmp_path):
             "ours:Scoring", model=str(tmp_path / "one"), questions=questions, reading="likelihood"
         ) as ours,
         Worker(
-            "peer:Scoring", model=str(tmp_path / "other"), questions=questions, labels=[]
+            "peer:Scoring",
+            model=str(tmp_path / "other"),
+            questions=questions,
+            labels=[],
+            half="plain",
         ) as peer,
         pytest.raises(UserError, match="gram_jax and plain did not compute the same"),
     ):
-        compare(ours, {"plain": (peer, "plain")}, repetitions=1, work=1, unit="tokens")
+        compare(
+            ours, {"plain": (peer, "plain")}, repetitions=1, work=1, unit="tokens",
+            flops={"gram_jax": 1.0, "plain": 1.0}, peak={"XLA": 1.0, "PyTorch": 1.0},
+        )  # fmt: skip
 
 
 def test_a_worker_says_what_a_user_can_do(tmp_path):

@@ -1,10 +1,11 @@
 """The arithmetic of benchmarks: ratios, differences, targets, files and tables."""
 
+import dataclasses
 import math
 
 import pytest
 
-from benchmarks.harness import agree
+from benchmarks.harness import agree, speed_target
 from benchmarks.results import Case, Ratio, Result, Target, Timing, largest_difference, ratio
 from benchmarks.table import targets, text
 from benchmarks.worker import Answer
@@ -104,8 +105,18 @@ def test_a_file_that_is_no_result_is_named(tmp_path, content):
 def test_the_table_shows_targets_beside_what_was_reached():
     table = targets([result(1.94), result(2.51)]).text()
     low, high = table.splitlines()[-2:]
-    assert low.split()[-4:] == [">=", "2.50x", "1.94x", "(1.50x-5.00x)", "no"][-4:]
-    assert ">= 2.50x" in low and high.split()[-1] == "yes"
+    assert low.split()[-5:] == ["2.50x", "1.94x", "(1.50x-5.00x)", "no", "–"]
+    assert ">= 2.50x" in low and high.split()[-2:] == ["yes", "–"]
+
+
+def test_a_speed_that_is_counted_stands_beside_what_the_peak_would_give():
+    ours, peer = timing("gram_jax", 2.0, 4.0, 3.0), timing("plain", 6.0)
+    ours = dataclasses.replace(ours, flops=1.5e11, peak=1e11)
+    assert ours.share == pytest.approx(0.5)  # 1.5 s of a median of 3
+    assert timing("plain", 6.0).share is None
+    peer = dataclasses.replace(peer, seconds=[6.0, 6.0, 15.0])
+    found = speed_target(2.5, [ours, peer], "plain")
+    assert found.reached == pytest.approx(2.0) and found.at_peak == pytest.approx(4.0)
 
 
 def test_a_benchmark_shows_rate_ratio_padding_and_peak():

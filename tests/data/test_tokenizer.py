@@ -4,6 +4,7 @@ import json
 import os
 
 import numpy as np
+import peer_tokenizers
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,6 +58,19 @@ def test_every_text_comes_back_from_its_ids(trained):
         assert trained.decode(trained.encode_prompt(text), skip_special_tokens=False) == BOS + text
 
 
+@pytest.mark.parametrize("name", ["ours", *peer_tokenizers.SPECIALS])
+def test_pieces_of_a_text_are_one_a_token_and_join_to_it(name, trained, corpus):
+    tokenizer = trained if name == "ours" else peer_tokenizers.make(name, corpus)
+    for text in [*TEXTS, "Größe: ½ 😀 naïve\n  日本 \ufffd é", "😀" * 5]:
+        ids = tokenizer.encode_response(text)
+        pieces = tokenizer.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+    words = tokenizer.encode_response("a list of things", add_eos=False)
+    assert all(tokenizer.pieces(words))
+    assert tokenizer.pieces([]) == []
+
+
 def test_ids_are_those_of_transformers(folder, trained):
     other = peer(folder)
     assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (0, 1, 2)
@@ -107,7 +121,12 @@ def test_the_rest_of_a_foreign_configuration_is_kept(folder, tmp_path_factory):
     saved = json.loads((second / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert saved["model_max_length"] == 77
+    assert saved["model_input_names"] == ["input_ids", "attention_mask"]
     assert "auto_map" not in saved
+    edit(config, model_input_names=["input_ids"])
+    Tokenizer.load(folder).save(second)
+    saved = json.loads((second / "tokenizer_config.json").read_text())
+    assert saved["model_input_names"] == ["input_ids"]
 
 
 def test_special_tokens_are_text_objects_or_in_the_map_file(folder):

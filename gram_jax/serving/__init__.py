@@ -1,0 +1,1 @@
+"""A reward model behind HTTP: `python -m gram_jax.serve`."""

@@ -78,8 +78,7 @@ def _rank(folder, settings, rows):
         run_ranking(RankingJob(input=source, output=output), load)
 
     def load():
-        scorer = Scorer(loaded(folder), settings)
-        return Engine(scorer, scorer.identity(), scorer.packed, scorer.engine)
+        return Engine.of(Scorer(loaded(folder), settings))
 
     return _by_files(run, rows)
 

@@ -1,13 +1,12 @@
-"""Where the time of a pretraining step goes: each part computed by itself, beside the whole.
+"""Where the time of a pretraining step goes: parts computed by themselves, beside the whole.
 
   python -m benchmarks.parts [--data=FOLDER] [--small]
 
-The step of `benchmarks.pretraining`: 8 rows of 512 tokens, 56M parameters, float32. Of its products
-with the weights of the layers, its attention and its loss, forward and backward are computed on
-arrays of the step's shapes, and its optimiser on gradients; parts that every layer has are computed
-once and counted for all layers. What is left are the norms, rotations and activations between the
-products, and what passing from one to the next costs. There is no peer; the share of the peak is as
-in `benchmarks.pretraining`.
+The step of `benchmarks.pretraining`: 8 rows of 512 tokens, 56M parameters, float32. Attention and
+the loss are computed forward and backward on arrays of the step's shapes, and the optimiser on
+gradients. What is left of the step are the
+layers but for their attention: products with weights, and norms, rotations and activations between
+them. There is no peer; the share of the peak is as in `benchmarks.pretraining`.
 """
 
 from __future__ import annotations
@@ -33,14 +32,11 @@ from gram_jax import entry
 from gram_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from gram_jax.logprobs import next_token_loss
 from gram_jax.models.backends import attention_of, backend
-from gram_jax.models.decoder import BLOCK_DIMS, block_weights, init_decoder, shape_of
-from gram_jax.models.products import product
+from gram_jax.models.decoder import init_decoder
 from gram_jax.packing import PackCounts
 from gram_jax.rows import Batch, Example, RowShape, stack_rows
 from gram_jax.text_packing import pack_texts
 from gram_jax.training import make_optimizer, split_model
-
-_DIMS = {"D": "BTD", "HE": "BTHE", "KE": "BTKE", "F": "BTF"}
 
 
 def main(_: list[str]) -> None:
@@ -52,21 +48,22 @@ def main(_: list[str]) -> None:
         one_part = jax.tree.map(lambda x: x[None], batch)
         parts = _parts(s.config, batch)
         step = TrainingStep(s.config, one_part)
-        runs = {"the step": (step.seconds, _step_flops(s.config, rows, length), 1)} | parts
+        runs = {"the step": (step.seconds, _step_flops(s.config, rows, length))} | parts
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repetition in range(s.repetitions + 1):  # the first is a warm-up
-            for name, (run, _flops, often) in runs.items():
-                took = run() * often
+            for name, (run, _flops) in runs.items():
+                took = run()
                 if repetition:
                     seconds[name].append(took)
             say(f"  {repetition}/{s.repetitions}")
     whole = seconds["the step"]
     rest = [took - sum(seconds[name][i] for name in parts) for i, took in enumerate(whole)]
     timings = [
-        _timing(name, seconds[name], flops, flops_per_second)
-        for name, (_, flops, _) in runs.items()
+        _timing(name, seconds[name], flops, flops_per_second) for name, (_, flops) in runs.items()
     ]
-    timings.append(_timing("the rest", rest, 0.0, flops_per_second))
+    of_parts = sum(flops for _, flops in parts.values())
+    left = _step_flops(s.config, rows, length) - of_parts
+    timings.append(_timing("the rest of the layers", rest, left, flops_per_second))
     case = Case(
         name="56M", what=f"a step on {rows} x {length} tokens", timings=timings, difference=None,
         targets=[],
@@ -95,12 +92,11 @@ def _step_flops(config: ModelConfig, rows: int, length: int) -> float:
     return needed.BACKWARD * needed.once_a_prompt(config, [(0, [length])] * rows, "all")
 
 
-def _parts(config: ModelConfig, batch: Batch) -> dict[str, tuple[Callable[[], float], float, int]]:
-    """By name: (computes it and returns seconds, FLOPs in a step, how often a step does it)."""
+def _parts(config: ModelConfig, batch: Batch) -> dict[str, tuple[Callable[[], float], float]]:
+    """By name: (computes it and returns seconds, FLOPs in a step)."""
     rows, length = batch.tokens.shape
     layers, d, e = config.num_layers, config.hidden_size, config.head_dim
     forward = {
-        "weights of the layers": config.flops_per_token(0, targets_per_token=0.0),
         "attention": layers * 4 * config.num_heads * e * length / 2,
         "unembedding and loss": 2.0 * d * config.vocab_size,
     }
@@ -109,17 +105,6 @@ def _parts(config: ModelConfig, batch: Batch) -> dict[str, tuple[Callable[[], fl
 
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(key, shape, jnp.float32)
-
-    names = [name for name in block_weights(config) if len(BLOCK_DIMS[name]) > 1]
-    weights = [normal(*shape_of(BLOCK_DIMS[name], config)) for name in names]
-    inputs = [normal(rows, length, *_sizes(BLOCK_DIMS[name], config)[0]) for name in names]
-    outputs = [normal(rows, length, *_sizes(BLOCK_DIMS[name], config)[1]) for name in names]
-
-    def products(inputs: Any, weights: Any) -> Any:
-        return [
-            product(x, w, _einsum(BLOCK_DIMS[name]))
-            for name, x, w in zip(names, inputs, weights, strict=True)
-        ]
 
     heads = [(config.num_heads, e), (config.num_kv_heads, e), (config.num_kv_heads, e)]
     attend = attention_of(batch, backend(COMPUTE.attention))(None)
@@ -130,38 +115,38 @@ def _parts(config: ModelConfig, batch: Batch) -> dict[str, tuple[Callable[[], fl
         return next_token_loss(hidden, table, batch.targets, batch.weights)[0]
 
     return {
-        "weights of the layers": (
-            _both_ways(products, (inputs, weights), outputs),
-            flops["weights of the layers"],
-            layers,
-        ),
         "attention": (
             _both_ways(
                 attend,
                 [normal(rows, length, *one) for one in heads],
                 normal(rows, length, *heads[0]),
+                layers,
             ),
             flops["attention"],
-            layers,
         ),
         "unembedding and loss": (
             _timed(jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), (hidden, table)),
             flops["unembedding and loss"],
-            1,
         ),
-        "clipping and AdamW": (_optimiser(config), 0.0, 1),
+        "clipping and AdamW": (_optimiser(config), 0.0),
     }
 
 
-def _both_ways(function: Any, arguments: Any, cotangent: Any) -> Callable[[], float]:
-    """Times ``function`` with its backward pass."""
+def _both_ways(function: Any, arguments: Any, cotangent: Any, times: int) -> Callable[[], float]:
+    """Times ``function`` with its backward pass, so often in a row, in memory used again."""
+
+    def once(first: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        result, back = jax.vjp(function, first, *arguments[1:])
+        of_first, *others = back(cotangent)
+        # Each depends on the one before, and on all that is computed.
+        return first + 1e-6 * of_first, sum((x.sum() for x in (result, *others)), jnp.zeros(()))
 
     @jax.jit
-    def run(arguments: Any, cotangent: Any) -> Any:
-        result, back = jax.vjp(function, *arguments)
-        return result, back(cotangent)
+    def run(first: jax.Array) -> Any:
+        last, sums = jax.lax.scan(once, first, None, length=times)
+        return last.sum(), sums
 
-    return _timed(run, (arguments, cotangent))
+    return _timed(run, arguments[:1])
 
 
 def _optimiser(config: ModelConfig) -> Callable[[], float]:
@@ -183,21 +168,6 @@ def _timed(run: Any, arguments: Any) -> Callable[[], float]:
         return time.perf_counter() - began
 
     return seconds
-
-
-def _cut(dims: str) -> tuple[str, str]:
-    """A weight's dimensions as those that are summed over and those of the result."""
-    return (dims[:-1], dims[-1]) if dims.startswith("HE") else (dims[0], dims[1:])
-
-
-def _einsum(dims: str) -> str:
-    inputs, outputs = _cut(dims)
-    return f"{_DIMS[inputs]},{dims}->{_DIMS[outputs]}"
-
-
-def _sizes(dims: str, config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    inputs, outputs = _cut(dims)
-    return shape_of(inputs, config), shape_of(outputs, config)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_the_input_is_measured_beside_the_step_it_feeds(results):
 def test_the_parts_of_a_step_and_the_rest_are_the_step(results):
     (case,) = results["parts"].cases
     step, *parts = case.timings
-    assert [part.side for part in parts[-2:]] == ["clipping and AdamW", "the rest"]
+    assert [part.side for part in parts[-2:]] == ["clipping and AdamW", "the rest of the layers"]
     assert sum(part.seconds[0] for part in parts) == pytest.approx(step.seconds[0])
     assert sum(part.flops for part in parts) == pytest.approx(step.flops)
 

@@ -4,9 +4,9 @@
 
 The step of `benchmarks.pretraining`: 8 rows of 512 tokens, 56M parameters, float32. Attention and
 the loss are computed forward and backward on arrays of the step's shapes, and the optimiser on
-gradients. What is left of the step are the
-layers but for their attention: products with weights, and norms, rotations and activations between
-them. There is no peer; the share of the peak is as in `benchmarks.pretraining`.
+gradients. What is left of the step are the layers but for their attention: products with weights,
+and norms, rotations and activations between them. There is no peer; the share of the peak is as in
+`benchmarks.pretraining`.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ import random
 
 import numpy as np
 import pytest
+from stopped_jobs import Killed, stop_after
 
 from benchmarks.models import SHAPES, write_model
-from gram_jax import scorer, scoring_job
+from gram_jax import scoring_job
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
 from gram_jax.data.builtin import reference_topics
@@ -123,24 +124,6 @@ def test_blocks_share_what_their_prompts_have_in_common(tmp_path, rows, loaded, 
     _, by_prompt = score(tmp_path / "a", rows, loaded)
     _, in_order = score(tmp_path / "b", rows, loaded, "in.jsonl.gz")
     assert by_prompt.summary.tokens_computed < 0.7 * in_order.summary.tokens_computed
-
-
-class Killed(BaseException):
-    """What a killed process would not have noticed."""
-
-
-def stop_after(monkeypatch, batches):
-    real = scorer.score_batches
-
-    def limited(*args, **kwargs):
-        for number, scores in enumerate(real(*args, **kwargs)):
-            if number == batches:
-                raise Killed
-            yield scores
-
-    monkeypatch.setattr(scorer, "score_batches", limited)
-    monkeypatch.setattr(scoring_job, "BLOCK_BATCHES", 1)
-    monkeypatch.setattr(scoring_job, "_SECONDS_BETWEEN_RECORDS", 0)
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.jsonl.gz"])

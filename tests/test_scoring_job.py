@@ -15,6 +15,7 @@ import numpy as np
 import peer_models
 import pytest
 import torch
+from stopped_jobs import Killed, stop_after
 
 from gram_jax import scorer, scoring_input, scoring_job
 from gram_jax.checkpoints import load_model
@@ -344,25 +345,6 @@ def test_two_processes_do_not_write_one_output(tmp_path, rows, loaded):
         other = JobFiles(tmp_path / "out.jsonl")
         with other, pytest.raises(UserError, match="another process is writing it"):
             other.open(state)
-
-
-class Killed(BaseException):
-    """What a killed process would not have noticed."""
-
-
-def stop_after(monkeypatch, batches):
-    """Lets the engine deliver so many batches; blocks are short, and each is recorded."""
-    real = scorer.score_batches
-
-    def limited(*args, **kwargs):
-        for number, scores in enumerate(real(*args, **kwargs)):
-            if number == batches:
-                raise Killed
-            yield scores
-
-    monkeypatch.setattr(scorer, "score_batches", limited)
-    monkeypatch.setattr(scoring_job, "BLOCK_BATCHES", 1)
-    monkeypatch.setattr(scoring_job, "_SECONDS_BETWEEN_RECORDS", 0)
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -224,7 +225,12 @@ def quiet_orbax() -> None:
     def is_news(record: logging.LogRecord) -> bool:
         return "run() raised an exception" not in record.getMessage()
 
+    def is_ours(record: logging.LogRecord) -> bool:
+        return "was never retrieved" not in record.getMessage() or not _through_orbax(record)
+
     logging.getLogger("absl").addFilter(is_news)
+    # Where two parts of a save fail at once, the second error is one that nobody asks for.
+    logging.getLogger("asyncio").addFilter(is_ours)
     # What a failed write had still to do is dropped unfinished, and Python would warn of that.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
@@ -234,6 +240,13 @@ def quiet_orbax() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _through_orbax(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    return any(
+        "orbax" in Path(frame.f_code.co_filename).parts for frame, _ in traceback.walk_tb(trace)
+    )
 
 
 def reason(error: BaseException) -> str:

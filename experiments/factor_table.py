@@ -1,0 +1,136 @@
+"""The table of a factor: accuracy at each level, and its difference to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.results import HeldOut, outcomes, read_runs, stacked
+from experiments.settings import BASE, Factor, Setting
+from gram_jax.bootstrap import Interval, clustered_mean
+
+Run = dict[str, Any]
+
+
+class Level(NamedTuple):
+    """A level of a factor, and what was run of it, by seed."""
+
+    label: str
+    setting: Setting
+    runs: dict[int, Run]
+    base: dict[int, Run]
+
+
+class Cell(NamedTuple):
+    """What a level gave on a set.
+
+    Attributes:
+      accuracy: mean over seeds, interval over prompts.
+      seeds: the accuracy of each seed.
+      gain: over the base on the same pairs and seeds; None of the base itself.
+    """
+
+    accuracy: Interval
+    seeds: list[float]
+    gain: Interval | None
+
+
+def levels_of(folder: Path, factor: Factor) -> list[Level]:
+    """The levels that were run; none where only the base was."""
+    base = read_runs(folder, BASE)
+    found = [
+        Level(label, setting, runs, base)
+        for label, setting in factor.levels.items()
+        if (runs := read_runs(folder, setting))
+    ]
+    return found if any(level.setting != BASE for level in found) else []
+
+
+def cell(level: Level, name: str, held_out: HeldOut) -> Cell:
+    """What a level gave on the set ``name``."""
+    runs = [level.runs[seed] for seed in sorted(level.runs)]
+    found = stacked(runs, name)
+    accuracy = clustered_mean(found.mean(axis=0), held_out.prompts, seed=0)
+    both = sorted(set(level.runs) & set(level.base))
+    gain = None
+    if level.setting != BASE and both:
+        ours = stacked([level.runs[seed] for seed in both], name)
+        theirs = stacked([level.base[seed] for seed in both], name)
+        gain = clustered_mean((ours - theirs).mean(axis=0), held_out.prompts, seed=0)
+    return Cell(accuracy, found.mean(axis=1).tolist(), gain)
+
+
+def longer(held_out: HeldOut) -> Interval:
+    """The accuracy of preferring the response of more tokens."""
+    return clustered_mean(outcomes(held_out.longer), held_out.prompts, seed=0)
+
+
+def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
+    """Markdown: a row per level; for each set the accuracy, the seeds' and the gain."""
+    head = [factor.title]
+    for name in sets:
+        head += [f"{name} [95 %]", "seeds", "over the base"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for level in levels:
+        row = [f"**{level.label}**" if level.setting == BASE else level.label]
+        for name, held_out in sets.items():
+            one = cell(level, name, held_out)
+            row += [
+                _interval(one.accuracy),
+                ", ".join(f"{a:.3f}" for a in one.seeds),
+                "–" if one.gain is None else _interval(one.gain, sign="+"),
+            ]
+        lines.append(_row(row))
+    row = ["longer wins (tokens)"]
+    for held_out in sets.values():
+        row += [_interval(longer(held_out)), "", ""]
+    lines.append(_row(row))
+    return "\n".join(lines) + "\n"
+
+
+def overview(runs: Sequence[Run], sets: Mapping[str, HeldOut]) -> str:
+    """Markdown: what was run, on what, and what it cost."""
+    dates = sorted({run["time"][:10] for run in runs})
+    seeds = sorted({run["seed"] for run in runs})
+    parameters = sorted({run["parameters"] for run in runs})
+    pairs = [
+        f"{name} {len(one.prompts):,} of {len(set(one.prompts)):,} prompts"
+        for name, one in sets.items()
+    ]
+    rows = [
+        ("runs", f"{len(runs)}, of seeds {', '.join(map(str, seeds))}"),
+        ("parameters", ", ".join(f"{n:,}" for n in parameters)),
+        ("held-out pairs", "; ".join(pairs)),
+        ("cost", f"{_seconds(runs) / 60:.0f} core-minutes"),
+        ("dates", " to ".join(dict.fromkeys((dates[0], dates[-1])))),
+        ("versions", ", ".join(f"{k} {v}" for k, v in runs[0]["versions"].items())),
+    ]
+    return "\n".join([_row(["", ""]), _row(["---"] * 2), *map(_row, rows)]) + "\n"
+
+
+def _seconds(runs: Sequence[Run]) -> float:
+    """Of all stages and evaluations; a stage 1 that runs share counts once."""
+    shared = {_key(run): run["training"] for run in runs}
+    first = [
+        stage["wall_seconds"]
+        for training in shared.values()
+        for name, stage in training.items()
+        if name != "stage 2"
+    ]
+    second = [run["training"].get("stage 2", {}).get("wall_seconds", 0.0) for run in runs]
+    return sum(first) + sum(second) + sum(run["evaluation_seconds"] for run in runs)
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    """Runs of one key share their stage 1."""
+    setting = run["setting"]
+    return (run["seed"], setting["stage_1"], setting["tokens"], setting["width"])
+
+
+def _interval(found: Interval, sign: str = "") -> str:
+    return f"{found.value:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

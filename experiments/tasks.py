@@ -1,0 +1,200 @@
+"""The two data sets, as files in a work folder: text, unlabelled and labelled pairs, held-out sets.
+
+  docstrings    a docstring against a damaged one: labels are true by construction. In
+                distribution: objects held out of the packages trained on; out: packages never seen
+  preferences   people's and models' preferences, from a folder DATA. In distribution: validation
+                prompts; out: LLMBar, HHH, and hh-rlhf's harmless set
+
+The files of a task are the same for every seed of a run, so that accuracies can be compared pair by
+pair; a seed decides weights, the order of rows, and which labelled pairs are drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gram_jax.data.docstring_task import write_docstring_task
+from gram_jax.data.sources import read_jsonl
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.errors import UserError
+
+TASKS = ("docstrings", "preferences")
+JUDGE_TEMPLATE = Path(__file__).parent / "judge.toml"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+      vocabulary, hidden_size, layers: of the base's model; heads are 32 or 64 wide.
+      tokens: of the base's stage 1.
+      text_row, pair_row: tokens of a row of text, and of a row with two responses.
+      text_rows: rows of a step on text; steps on pairs have as many tokens as fit.
+      pairs: labelled ones there are, at most.
+      step_pairs: labelled pairs of a step, about.
+      evaluated: pairs of a held-out set, at most (docstrings: of a kind of damage).
+    """
+
+    vocabulary: int
+    hidden_size: int
+    layers: int
+    tokens: int
+    text_row: int
+    pair_row: int
+    text_rows: int
+    pairs: int
+    step_pairs: int
+    evaluated: int
+
+
+SCALES = {
+    "docstrings": {
+        "cpu": Scale(
+            vocabulary=2048, hidden_size=128, layers=4, tokens=500_000, text_row=256,
+            pair_row=512, text_rows=2, pairs=3000, step_pairs=20, evaluated=120,
+        ),
+        "gpu": Scale(
+            vocabulary=16384, hidden_size=768, layers=12, tokens=40_000_000, text_row=1024,
+            pair_row=1024, text_rows=32, pairs=1_000_000, step_pairs=64, evaluated=400,
+        ),
+    },
+    "preferences": {
+        "cpu": Scale(
+            vocabulary=4096, hidden_size=128, layers=4, tokens=500_000, text_row=512,
+            pair_row=1024, text_rows=1, pairs=1500, step_pairs=20, evaluated=500,
+        ),
+        "gpu": Scale(
+            vocabulary=32768, hidden_size=768, layers=12, tokens=60_000_000, text_row=1024,
+            pair_row=2048, text_rows=32, pairs=1_000_000, step_pairs=64, evaluated=1_000_000,
+        ),
+    },
+}  # fmt: skip
+"""By task and name; ``gpu`` is a model of 124 million parameters and several epochs."""
+
+SMOKE = Scale(
+    vocabulary=512, hidden_size=32, layers=1, tokens=4000, text_row=128, pair_row=512,
+    text_rows=4, pairs=1000, step_pairs=20, evaluated=4,
+)  # fmt: skip
+"""To see every command run within a minute; its numbers mean nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A data set at a scale, written to files.
+
+    Attributes:
+      text, responses, pairs: what is trained on: {"text"}, {"prompt", "responses"} without labels,
+        {"prompt", "chosen", "rejected"}.
+      sets: held-out pairs, {"prompt", "chosen", "rejected", "subset"}, by name; the first is in
+        distribution.
+      tokenizer: its folder.
+      digests: SHA-256 by the name of each file above.
+    """
+
+    name: str
+    scale: Scale
+    text: Path
+    responses: Path
+    pairs: Path
+    sets: Mapping[str, Path]
+    tokenizer: Path
+    digests: Mapping[str, str]
+
+
+def make_task(name: str, scale: Scale, folder: Path, data: str) -> Task:
+    """Writes the files of a task, or reads those that are there.
+
+    Raises:
+      UserError: ``data`` is needed and not there, or the folder has the files of other sizes.
+    """
+    if name == "preferences" and not Path(data, "preferences").is_dir():
+        raise UserError(
+            f"--data={data!r} has no folder preferences; name the folder with text/, responses/,"
+            " preferences/ and eval/ (docs/results.md says what is in them)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "task.json"
+    asked = {"name": name, "scale": dataclasses.asdict(scale)}
+    if made.is_file() and json.loads(made.read_text())["asked"] != asked:
+        raise UserError(f"{folder} has files of another scale; choose another --work")
+    names = ("text", "responses", "pairs")
+    text, responses, pairs = (folder / f"{part}.jsonl" for part in names)
+    held_out = ("in", "out") if name == "docstrings" else tuple(_EVALUATED)
+    sets = {part: folder / f"set_{part}.jsonl" for part in held_out}
+    if not made.is_file():
+        write = _write_docstrings if name == "docstrings" else _write_preferences
+        write(scale, folder, Path(data), sets)
+        texts = (row["text"] for _, row in read_jsonl(text))
+        Tokenizer.train(islice(texts, 20_000), scale.vocabulary).save(folder / "tokenizer")
+        files = {path.stem: path for path in (text, responses, pairs, *sets.values())}
+        digests = {stem: _digest(path) for stem, path in files.items()}
+        made.write_text(json.dumps({"asked": asked, "digests": digests}, indent=2) + "\n")
+    return Task(
+        name=name, scale=scale, text=text, responses=responses, pairs=pairs, sets=sets,
+        tokenizer=folder / "tokenizer", digests=json.loads(made.read_text())["digests"],
+    )  # fmt: skip
+
+
+def _write_docstrings(scale: Scale, folder: Path, data: Path, sets: Mapping[str, Path]) -> None:
+    """Half of the prompts are for stage 1, without labels; the other half for stage 2."""
+    files = write_docstring_task(folder / "all", seed=0, pairs_per_kind=scale.evaluated)
+    rows = [row for _, row in read_jsonl(files.pairs)]
+    unlabelled = [row for row in rows if _half(row["prompt"])]
+    labelled = [row for row in rows if not _half(row["prompt"])]
+    _write(folder / "text.jsonl", (row for _, row in read_jsonl(files.text)))
+    _write(folder / "responses.jsonl", _without_labels(unlabelled))
+    _write(folder / "pairs.jsonl", labelled[: scale.pairs])
+    for name, source in (("in", files.pairs_in), ("out", files.pairs_out)):
+        _write(sets[name], (row for _, row in read_jsonl(source)))
+
+
+_EVALUATED = {
+    "validation": "preferences/validation.jsonl.gz",
+    "llmbar": "eval/llmbar.jsonl.gz",
+    "hhh": "eval/hhh.jsonl.gz",
+    "hh_harmless": "eval/hh_harmless.jsonl.gz",
+}
+
+
+def _write_preferences(scale: Scale, folder: Path, data: Path, sets: Mapping[str, Path]) -> None:
+    """The files are in a shuffled order, so that their beginnings are samples."""
+    for part in ("text", "responses"):
+        _write(folder / f"{part}.jsonl", _rows(data / part / "train.jsonl.gz"))
+    pairs = _rows(data / "preferences" / "train.jsonl.gz")
+    _write(folder / "pairs.jsonl", islice(pairs, scale.pairs))
+    for name, path in sets.items():
+        _write(path, islice(_rows(data / _EVALUATED[name]), scale.evaluated))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    return (row for _, row in read_jsonl(path))
+
+
+def _half(prompt: str) -> bool:
+    return hashlib.sha256(prompt.encode()).digest()[0] < 128
+
+
+def _without_labels(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    rng = random.Random(0)
+    for row in rows:
+        both = [row["chosen"], row["rejected"]]
+        rng.shuffle(both)
+        yield {"prompt": row["prompt"], "responses": both}
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

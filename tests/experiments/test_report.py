@@ -1,0 +1,113 @@
+"""Tables of experiments say what the kept runs say, and a page is filled from nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.factor_figure import factor_figure
+from experiments.factor_table import cell, factor_table, levels_of, longer, overview
+from experiments.report import filled, tables
+from experiments.results import RESULTS, HeldOut, digits, outcomes
+from experiments.settings import ALL, BASE, FACTORS, settings_of
+from gram_jax.errors import UserError
+
+PROMPTS = [0, 0, 1, 2, 3, 3, 4, 5]
+
+
+def run(setting, seed, text):
+    return {
+        "seed": seed,
+        "setting": setting.to_json(),
+        "parameters": 1000,
+        "sets": {"in": {"outcomes": text, "accuracy": float(outcomes(text).mean())}},
+        "training": {
+            "stage 1, text": {"wall_seconds": 60.0},
+            "stage 2": {"wall_seconds": 30.0},
+        },
+        "evaluation_seconds": 6.0,
+        "versions": {"gram_jax": "1"},
+        "time": f"2026-01-0{1 + seed}T00:00:00Z",
+    }
+
+
+@pytest.fixture
+def kept(tmp_path):
+    folder = tmp_path / "task"
+    held_out = HeldOut(PROMPTS, [""] * 8, "22000011")
+    folder.mkdir()
+    (folder / "sets.json").write_text(json.dumps({"digests": {}, "sets": {"in": vars(held_out)}}))
+    none = FACTORS["pairs"].levels["0"]
+    for setting, texts in ((BASE, ("22220000", "22222000")), (none, ("20000000", "12000000"))):
+        (folder / setting.name).mkdir()
+        for seed, text in enumerate(texts):
+            path = folder / setting.name / f"seed{seed}.json"
+            path.write_text(json.dumps(run(setting, seed, text)))
+    return tmp_path
+
+
+def test_every_factor_has_the_base_and_no_two_settings_share_a_name():
+    for factor in FACTORS.values():
+        assert BASE in factor.levels.values()
+    settings = settings_of(FACTORS)
+    assert len({setting.name for setting in settings}) == len(settings)
+    assert all(setting.first.pairs == ALL for setting in settings)
+
+
+def test_a_cell_is_the_mean_over_seeds_and_the_gain_is_on_the_same_pairs(kept):
+    zero, base = levels_of(kept / "task", FACTORS["pairs"])
+    held_out = HeldOut(PROMPTS, [""] * 8, "22000011")
+    found = cell(zero, "in", held_out)
+    assert found.seeds == [1 / 8, 1.5 / 8]
+    assert found.accuracy.value == pytest.approx(np.mean(found.seeds))
+    assert found.gain.value == pytest.approx((1 + 1.5 - 4 - 5) / 16)
+    assert found.gain.low < found.gain.value < found.gain.high < 0
+    assert cell(base, "in", held_out).gain is None
+    assert longer(held_out).value == 3 / 8
+
+
+def test_the_table_names_each_level_and_the_length_baseline(kept):
+    levels = levels_of(kept / "task", FACTORS["pairs"])
+    sets = {"in": HeldOut(PROMPTS, [""] * 8, "22000011")}
+    lines = factor_table(FACTORS["pairs"], levels, sets).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| 0", "| **all**", "| longer wins (tokens)",
+    ]  # fmt: skip
+    assert "0.156 [" in lines[2] and "0.125, 0.188 | -0.406 [" in lines[2]
+    assert "0.375 [" in lines[4]
+
+
+def test_a_stage_1_that_runs_share_costs_once(kept):
+    runs = [json.loads(p.read_text()) for p in sorted((kept / "task").glob("*/seed*.json"))]
+    sets = {"in": HeldOut(PROMPTS, [""] * 8, "22000011")}
+    # Two seeds of stage 1, four of stage 2, four evaluations.
+    assert f"| cost | {(2 * 60 + 4 * 30 + 4 * 6) / 60:.0f} core-minutes |" in overview(runs, sets)
+
+
+def test_the_figure_has_a_panel_per_set_and_a_row_per_level(kept):
+    levels = levels_of(kept / "task", FACTORS["pairs"])
+    held_out = HeldOut(PROMPTS, [""] * 8, "22000011")
+    figure = factor_figure(FACTORS["pairs"], levels, {"in": held_out})
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["0", "all"]
+
+
+def test_a_page_is_filled_between_its_marks_and_nowhere_else(kept):
+    found = tables(kept)
+    assert set(found) == {"task/overview", "task/pairs"}
+    page = "# T\n<!-- task/pairs -->\nold\n<!-- end -->\nprose\n"
+    after = filled(page, found)
+    assert after == f"# T\n<!-- task/pairs -->\n{found['task/pairs']}<!-- end -->\nprose\n"
+    assert filled(after, found) == after
+    with pytest.raises(UserError, match="task/width"):
+        filled("<!-- task/width -->\n<!-- end -->\n", found)
+
+
+def test_outcomes_are_kept_as_digits():
+    assert digits([0.5, 0.0, -2.0]) == "210"
+    assert outcomes("210").tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_page_of_results_is_what_the_kept_runs_give():
+    page = (RESULTS.parents[1] / "docs" / "results.md").read_text()
+    assert filled(page, tables(RESULTS)) == page

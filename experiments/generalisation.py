@@ -28,11 +28,9 @@ from tqdm import tqdm
 
 from experiments import results, training
 from experiments.settings import FACTORS, Setting, settings_of
-from experiments.tasks import JUDGE_TEMPLATE, SCALES, SMOKE, TASKS, Task, make_task
+from experiments.tasks import SCALES, SMOKE, TASKS, Task, make_task
 from gram_jax import entry
-from gram_jax.data.judge import JudgeTemplate
 from gram_jax.errors import UserError
-from gram_jax.scorer import RewardSettings
 
 _TASK = flags.DEFINE_enum("task", "docstrings", TASKS, "Data set.")
 _DATA = flags.DEFINE_string("data", "", "Folder of the data set preferences.")
@@ -113,24 +111,12 @@ def _pretrain(task: Task, setting: Setting, seed: int, work: Path) -> str:
 
 def _run(task: Task, setting: Setting, seed: int, work: Path, kept: Path) -> str:
     trained = training.train(task, setting, seed, work)
-    record = results.evaluate(task, setting, seed, trained, reward_settings(task, setting))
+    record = results.evaluate(task, setting, seed, trained)
     results.write(kept, setting, seed, record)
     # Its numbers are kept; checkpoints of a hundred runs are gigabytes.
     shutil.rmtree(work / "stage_2" / setting.name / f"seed{seed}", ignore_errors=True)
     found = "  ".join(f"{name} {one['accuracy']:.3f}" for name, one in record["sets"].items())
     return f"{setting.name}, seed {seed}: {found}"
-
-
-def reward_settings(task: Task, setting: Setting) -> RewardSettings:
-    """How the reward of a setting is read, after stage 2 and without it."""
-    reading = {"judge": "judge", "bradley_terry": "head"}.get(setting.objective, "likelihood")
-    return RewardSettings(
-        reading=reading,
-        average=setting.average,
-        row_length=task.scale.pair_row,
-        too_long="truncate",
-        template=JudgeTemplate.load(JUDGE_TEMPLATE) if reading == "judge" else None,
-    )
 
 
 if __name__ == "__main__":

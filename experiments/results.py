@@ -16,17 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments.scoring import margins, reward_settings
 from experiments.settings import Setting
 from experiments.tasks import Task
 from experiments.training import Trained
-from gram_jax.benchmarks.items import Item, answer
 from gram_jax.config import Config
 from gram_jax.config_rules import to_dict
 from gram_jax.data.sources import read_jsonl
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Floats
-from gram_jax.scorer import Question, RewardSettings, Scorer
 from gram_jax.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -112,13 +111,21 @@ def is_done(folder: Path, setting: Setting, seed: int, task: Task) -> bool:
     return True
 
 
-def evaluate(
-    task: Task, setting: Setting, seed: int, trained: Trained, settings: RewardSettings
-) -> dict[str, Any]:
+def evaluate(task: Task, setting: Setting, seed: int, trained: Trained) -> dict[str, Any]:
     """Scores all held-out sets; what is to be kept, ready for JSON."""
+    settings = reward_settings(task, setting)
     began = time.perf_counter()
-    scorer = Scorer(trained.model, settings)
-    sets = {name: _score(scorer, path) for name, path in task.sets.items()}
+    sets = {}
+    for name, path in task.sets.items():
+        margin, truncated = margins(trained.model, settings, path)
+        text = digits(margin)
+        sets[name] = {
+            "outcomes": text,
+            "accuracy": float(outcomes(text).mean()),
+            "margin_mean": float(margin.mean()),
+            "margin_std": float(margin.std()),
+            "truncated": truncated,
+        }
     assert trained.model.config is not None
     return {
         "task": task.name,
@@ -157,24 +164,6 @@ def _changed(config: Config) -> dict[str, Any]:
 
 
 _PATHS = ("init_from", "tokenizer", "judge_template", "prepared")
-
-
-def _score(scorer: Scorer, path: Path) -> dict[str, Any]:
-    items = [
-        Item("", "", str(line), row["prompt"], (row["chosen"], row["rejected"]), ((0, 1),),
-             path.name, line, ())
-        for line, row in read_jsonl(path)
-    ]  # fmt: skip
-    verdicts = scorer.score(Question(item.prompt, item.responses, item.pairs) for item in items)
-    answers = [answer(i, v, scorer.beta) for i, v in zip(items, verdicts, strict=True)]
-    margins = np.array([float(one.margin[0]) for one in answers])
-    return {
-        "outcomes": digits(margins),
-        "accuracy": float(outcomes(digits(margins)).mean()),
-        "margin_mean": float(margins.mean()),
-        "margin_std": float(margins.std()),
-        "truncated": sum(one.verdict.truncated for one in answers),
-    }
 
 
 def write(folder: Path, setting: Setting, seed: int, record: dict[str, Any]) -> None:

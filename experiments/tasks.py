@@ -59,7 +59,7 @@ SCALES = {
     "docstrings": {
         "cpu": Scale(
             vocabulary=2048, hidden_size=128, layers=4, tokens=500_000, text_row=256,
-            pair_row=512, text_rows=2, pairs=3000, step_pairs=20, evaluated=120,
+            pair_row=512, text_rows=2, pairs=2000, step_pairs=20, evaluated=100,
         ),
         "gpu": Scale(
             vocabulary=16384, hidden_size=768, layers=12, tokens=40_000_000, text_row=1024,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from experiments.scoring import margins, reward_settings
 from experiments.settings import ALL, Setting
 from experiments.tasks import JUDGE_TEMPLATE, Task
 from gram_jax.checkpoints import LoadedModel, load_model
@@ -39,6 +40,8 @@ RATES = {"whole": 5e-4, "last block": 5e-4, "LoRA": 2e-3, "head": 1e-2}
 
 _LEAST_PAIRS = 600
 """That are read in stage 2; fewer are read several times."""
+_CALIBRATED = 200
+"""Labelled pairs that `unit_beta` looks at."""
 _TEXT_SHARE = 0.6
 """Of the tokens of stage 1 on text and pairs."""
 _ADAPTED: dict[str, dict[str, Any]] = {
@@ -131,11 +134,12 @@ def stage_1(task: Task, setting: Setting, seed: int, work: Path) -> Iterator[tup
         before = str(workdir)
 
 
-def stage_2(task: Task, setting: Setting, seed: int, work: Path, init_from: str) -> Config:
+def stage_2(
+    task: Task, setting: Setting, seed: int, work: Path, init_from: str, beta: float
+) -> Config:
     """Stage 2: from a checkpoint, or from random weights where ``init_from`` is empty."""
     scale = task.scale
     judge = setting.objective == "judge"
-    likelihood = setting.objective.startswith("smoothed")
     # A judge reads a pair twice, with the question and both responses in each.
     row_pairs = scale.pair_row / (_tokens_of_a_pair(task) * (2 if judge else 1))
     pairs = scale.pairs if setting.pairs == ALL else setting.pairs
@@ -156,8 +160,7 @@ def stage_2(task: Task, setting: Setting, seed: int, work: Path, init_from: str)
         objective=ObjectiveConfig(
             name=setting.objective,
             label_smoothing=setting.smoothing,
-            # Log-probs of responses differ by tens of nats, their means by tenths.
-            beta={"sum": 0.1, "mean": 5.0}[setting.average] if likelihood else 1.0,
+            beta=beta,
             average=setting.average,
             chosen_ce=setting.regulariser,
             centring=0.01 if head else 0.0,
@@ -193,7 +196,7 @@ def prepare(task: Task, settings: Iterable[tuple[Setting, int]], work: Path) -> 
         for setting, seed in settings
         for config in (
             *(config for _, config in stage_1(task, setting, seed, work)),
-            *([stage_2(task, setting, seed, work, "")] if setting.pairs else []),
+            *([stage_2(task, setting, seed, work, "", 1.0)] if setting.pairs else []),
         )
     ]
     folders = {config.data.prepared: config for config in configs}
@@ -221,7 +224,6 @@ def pretrain(task: Task, setting: Setting, seed: int, work: Path) -> Path | None
 
 def train(task: Task, setting: Setting, seed: int, work: Path) -> Trained:
     """Both stages, each resumed where it was, or taken as it is if it is complete."""
-    compute = ComputeConfig()
     configs: dict[str, Config] = {}
     facts: dict[str, dict[str, Any]] = {}
     last = pretrain(task, setting, seed, work)
@@ -230,18 +232,44 @@ def train(task: Task, setting: Setting, seed: int, work: Path) -> Trained:
         facts[f"stage 1, {workdir.name}"] = json.loads((workdir / _DONE).read_text())
     if setting.pairs:
         workdir = work / "stage_2" / setting.name / f"seed{seed}"
-        config = stage_2(task, setting, seed, work, "" if last is None else str(last))
+        beta = unit_beta(task, setting, _loaded(task, setting, seed, last))
+        config = stage_2(task, setting, seed, work, "" if last is None else str(last), beta)
         _run(config, workdir)
         configs["stage 2"] = config
         facts["stage 2"] = json.loads((workdir / _DONE).read_text())
         last = workdir
-    if last is not None:
-        return Trained(load_model(last, compute), configs, facts)
-    config = Config(seed=seed, model=model_config(task, setting), tokenizer=str(task.tokenizer))
-    model = init_decoder(config.model, compute, seed)
+    if not configs:
+        configs["random"] = _random_config(task, setting, seed)
+    return Trained(_loaded(task, setting, seed, last), configs, facts)
+
+
+def unit_beta(task: Task, setting: Setting, start: LoadedModel) -> float:
+    """b of D = b (s_chosen - s_rejected), such that at the start D has a deviation of 1.
+
+    Sums of log-probs differ by tens of nats and their means by tenths, more in one task than in
+    another; D is to be of the size at which the loss has its minimum. Measured on the first
+    labelled pairs, rounded to two digits. A head, or a judge's log-odds, need none: 1.
+    """
+    settings = reward_settings(task, setting)
+    if settings.reading != "likelihood":
+        return 1.0
+    found = margins(start, settings, task.pairs, _CALIBRATED)
+    return float(f"{1 / found.margin.std():.2g}")
+
+
+def _loaded(task: Task, setting: Setting, seed: int, folder: Path | None) -> LoadedModel:
+    """A checkpoint's model, or a random one."""
+    compute = ComputeConfig()
+    if folder is not None:
+        return load_model(folder, compute)
+    config = _random_config(task, setting, seed)
     tokenizer = Tokenizer.load(task.tokenizer)
-    loaded = LoadedModel(model, tokenizer, f"random, seed {seed}", None, config)
-    return Trained(loaded, {"random": config}, {})
+    model = init_decoder(config.model, compute, seed)
+    return LoadedModel(model, tokenizer, f"random, seed {seed}", None, config)
+
+
+def _random_config(task: Task, setting: Setting, seed: int) -> Config:
+    return Config(seed=seed, model=model_config(task, setting), tokenizer=str(task.tokenizer))
 
 
 _DONE = "done.json"

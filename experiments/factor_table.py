@@ -67,7 +67,7 @@ def longer(held_out: HeldOut) -> Interval:
 
 
 def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
-    """Markdown: a row per level; for each set the accuracy, the seeds' and the gain."""
+    """Markdown: a row per level, with accuracy, seeds and gain on each set; what the paper says."""
     head = [factor.title]
     for name in sets:
         head += [f"{name} [95 %]", "seeds", "over the base"]
@@ -86,6 +86,9 @@ def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, Hel
     for held_out in sets.values():
         row += [_interval(longer(held_out)), "", ""]
     lines.append(_row(row))
+    lines += ["", f"What GRAM reports: {factor.paper[0].lower()}{factor.paper[1:]}"]
+    if factor.note:
+        lines += ["", factor.note]
     return "\n".join(lines) + "\n"
 
 

@@ -39,6 +39,7 @@ class Scale:
       text_row, pair_row: tokens of a row of text, and of a row with two responses.
       text_rows: rows of a step on text; steps on pairs have as many tokens as fit.
       pairs: labelled ones there are, at most.
+      epochs: over all labelled pairs.
       step_pairs: labelled pairs of a step, about.
       evaluated: pairs of a held-out set, at most (docstrings: of a kind of damage).
     """
@@ -53,6 +54,7 @@ class Scale:
     pairs: int
     step_pairs: int
     evaluated: int
+    epochs: int = 1
 
 
 SCALES = {
@@ -62,8 +64,8 @@ SCALES = {
             pair_row=512, text_rows=2, pairs=2000, step_pairs=20, evaluated=100,
         ),
         "gpu": Scale(
-            vocabulary=16384, hidden_size=768, layers=12, tokens=40_000_000, text_row=1024,
-            pair_row=1024, text_rows=32, pairs=1_000_000, step_pairs=64, evaluated=400,
+            vocabulary=16384, hidden_size=768, layers=12, tokens=3_000_000, text_row=1024,
+            pair_row=1024, text_rows=8, pairs=1_000_000, step_pairs=64, evaluated=400, epochs=3,
         ),
     },
     "preferences": {
@@ -73,11 +75,12 @@ SCALES = {
         ),
         "gpu": Scale(
             vocabulary=32768, hidden_size=768, layers=12, tokens=60_000_000, text_row=1024,
-            pair_row=2048, text_rows=32, pairs=1_000_000, step_pairs=64, evaluated=1_000_000,
+            pair_row=2048, text_rows=32, pairs=1_000_000, step_pairs=64,
+            evaluated=1_000_000, epochs=3,
         ),
     },
 }  # fmt: skip
-"""By task and name; ``gpu`` is a model of 124 million parameters and several epochs."""
+"""By task and name; ``gpu`` is a model of 105 and 117 million parameters, all text, three epochs."""
 
 SMOKE = Scale(
     vocabulary=512, hidden_size=32, layers=1, tokens=4000, text_row=128, pair_row=512,

@@ -142,7 +142,8 @@ def stage_2(
     judge = setting.objective == "judge"
     # A judge reads a pair twice, with the question and both responses in each.
     row_pairs = scale.pair_row / (_tokens_of_a_pair(task) * (2 if judge else 1))
-    pairs = scale.pairs if setting.pairs == ALL else setting.pairs
+    labelled = _lines(task.pairs)
+    pairs = labelled * scale.epochs if setting.pairs == ALL else setting.pairs
     head = setting.objective == "bradley_terry"
     config = Config(
         seed=seed,
@@ -152,7 +153,7 @@ def stage_2(
         data=DataConfig(
             train=(str(task.pairs),),
             format="preferences",
-            max_pairs=0 if setting.pairs == ALL else pairs,
+            max_pairs=0 if setting.pairs == ALL else setting.pairs,
             draw_seed=seed,
             judge_template=str(JUDGE_TEMPLATE) if judge else "",
             row_length=scale.pair_row,
@@ -169,7 +170,7 @@ def stage_2(
             learning_rate=RATES[setting.adaptation], warmup=0.05, final=0.05, beta2=0.98
         ),
         train=TrainConfig(
-            length=float(max(pairs, min(_LEAST_PAIRS, scale.pairs))),
+            length=float(max(pairs, min(_LEAST_PAIRS, labelled))),
             length_unit="pairs",
             batch_rows=max(1, round(scale.step_pairs / row_pairs)),
             log_every=20,
@@ -204,6 +205,11 @@ def prepare(task: Task, settings: Iterable[tuple[Setting, int]], work: Path) -> 
     for folder, config in tqdm(folders.items(), "rows", unit="set"):
         stage_data(config, tokenizer, Path(folder), replace=False, quiet=True)
     return len(folders)
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _tokens_of_a_pair(task: Task) -> float:

@@ -9,8 +9,8 @@ seed, in --workers processes of one core each. What a run gave is kept in experi
 and a run that is there is not repeated; one that was interrupted goes on from its checkpoint.
 Tables and figures are made of these files by `python -m experiments.report`.
 
---scale=gpu is the same at 100 million parameters and more, all text and all pairs, for a machine with an
-accelerator (--workers=1 there); its results go to TASK-gpu.
+--scale=gpu is the same at 120 million parameters, with all text and all pairs, for a machine with
+an accelerator (--workers=1 there); its results go to TASK-gpu.
 """
 
 from __future__ import annotations

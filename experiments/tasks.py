@@ -64,7 +64,7 @@ SCALES = {
             pair_row=512, text_rows=2, pairs=2000, step_pairs=20, evaluated=100,
         ),
         "gpu": Scale(
-            vocabulary=16384, hidden_size=768, layers=12, tokens=3_000_000, text_row=1024,
+            vocabulary=16384, hidden_size=768, layers=14, tokens=3_000_000, text_row=1024,
             pair_row=1024, text_rows=8, pairs=1_000_000, step_pairs=64, evaluated=400, epochs=3,
         ),
     },
@@ -74,13 +74,13 @@ SCALES = {
             pair_row=1024, text_rows=1, pairs=1500, step_pairs=20, evaluated=500,
         ),
         "gpu": Scale(
-            vocabulary=32768, hidden_size=768, layers=12, tokens=60_000_000, text_row=1024,
+            vocabulary=40960, hidden_size=768, layers=12, tokens=60_000_000, text_row=1024,
             pair_row=2048, text_rows=32, pairs=1_000_000, step_pairs=64,
             evaluated=1_000_000, epochs=3,
         ),
     },
 }  # fmt: skip
-"""By task and name; ``gpu`` is a model of 105 and 117 million parameters, all text, three epochs."""
+"""By task and name; ``gpu``: 120 million parameters, all of the text, several epochs."""
 
 SMOKE = Scale(
     vocabulary=512, hidden_size=32, layers=1, tokens=4000, text_row=128, pair_row=512,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -86,6 +87,15 @@ def _start_worker(cores: Any) -> None:
     # Before JAX starts its threads, as many as it is given cores: small models gain by one each.
     os.sched_setaffinity(0, cores.get())
     entry.enable_compilation_cache()
+    # A worker left alone by a killed command would go on in the workdirs of the next one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _each(

@@ -77,6 +77,7 @@ def test_what_cannot_be_started_says_why(folder, tmp_path):
         wrong = [
             (f"--api_key_file={empty}", "holds no key; write one a line"),
             (f"--port={port}", f"--host=127.0.0.1 --port={port}: cannot listen there"),
+            ("--head_seconds=0", "flag --head_seconds=0"),
         ]
         for flag, reason in wrong:
             done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=280)

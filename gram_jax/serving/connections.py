@@ -52,24 +52,25 @@ class _Connection(H11Protocol):
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._asking = _cancelled(self._asking)
-        self._reading = _cancelled(self._reading)
+        _cancel(self._asking)
+        _cancel(self._reading)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        _cancelled(self._reading)
+        _cancel(self._reading)
         # Closing would wait for the client to read the rest.
         self._reading = self.loop.call_later(self.answer_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._reading = _cancelled(self._reading)
+        _cancel(self._reading)
         super().resume_writing()
 
     def _expect_head(self) -> None:
         """The time begins once; more bytes of the same head do not prolong it."""
         if self.transport.is_closing() or (self.cycle and not self.cycle.response_complete):
-            self._asking = _cancelled(self._asking)
+            _cancel(self._asking)
+            self._asking = None
         elif self._asking is None:
             self._asking = self.loop.call_later(self.head_seconds, self._give_up)
 
@@ -96,6 +97,6 @@ class _Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

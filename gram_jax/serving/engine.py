@@ -22,7 +22,7 @@ _ENCODED_AT_ONCE = 16
 
 
 class NotFiniteError(QuestionError):
-    """The question is good; the model gives no number, for one response if it is named."""
+    """The question is good; the model gives no number. Which response is to blame is not known."""
 
 
 class Answer(NamedTuple):
@@ -101,10 +101,8 @@ class Engine:
         scores = work.scores(number)
         numbers = [score.score for score in scores]
         found = verdict(self.scorer.settings, encoded, numbers)
-        if not (finite := np.isfinite(numbers)).all():
-            if self.scorer.kind == "judge" or not finite.any():
-                raise NotFiniteError(number, NOT_FINITE)
-            raise NotFiniteError(number, NOT_FINITE, "response", int(np.argmin(finite)))
+        if not np.all(np.isfinite(numbers)):
+            raise NotFiniteError(number, NOT_FINITE)
         if self.scorer.kind != "likelihood":
             return Answer(found, encoded, None, None)
         tokens = [s.token_logprobs for s in scores if s.token_logprobs is not None]

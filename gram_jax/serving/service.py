@@ -31,11 +31,11 @@ class Asked(NamedTuple):
 
     def fault(self, error: QuestionError) -> RequestError:
         """What is wrong with this question, as it is told to the client."""
+        if isinstance(error, NotFiniteError):
+            return RequestError("not_finite", error.reason, field=self._whole())
         field = {"prompt": self.prompt_field, "": None}.get(error.field)
         if error.field == "response":
             field = self.fields[error.index]
-        if isinstance(error, NotFiniteError):
-            return RequestError("not_finite", error.reason, field=field or self._whole())
         return RequestError("invalid", error.reason, field=field)
 
     def _whole(self) -> str | None:

@@ -148,13 +148,12 @@ def test_a_score_that_is_not_finite_fails_its_own_request_alone(make_scorer):
         more = [
             (bad, "response"),
             (items, "items[1]"),
-            ((SCORE, one), "responses[1]"),
-            ((SCORE, {"items": [GOOD, one]}), "items[1].responses[1]"),
-            ((SCORE, GOOD | {"prompt": "~"}), "responses"),
-            ((COMPARE, {"prompt": "x", "a": "Yes.", "b": "~"}), "b"),
-            ((COMPARE, {"prompt": "~", "a": "Yes.", "b": "No."}), None),
+            ((SCORE, one), "responses"),  # those beside it in the row have none either
+            ((SCORE, {"items": [GOOD, one]}), "items[1]"),
+            ((RANK, GOOD | {"prompt": "~"}), "responses"),
+            ((COMPARE, {"prompt": "x", "a": "Yes.", "b": "~"}), None),
             (("/score", {"text_1": "x", "text_2": ["a", "~"]}), "text_2[1]"),
-            (("/rerank", {"query": "x", "documents": ["a", "~"]}), "documents[1]"),
+            (("/rerank", {"query": "x", "documents": ["a", "~"]}), "documents"),
         ]
         requests = [(SCORE, GOOD), *(request for request, _ in more), (SCORE, GOOD)]
         answers = server.all_at_once(requests)

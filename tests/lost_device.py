@@ -1,4 +1,4 @@
-"""`gram_jax.serve` with a device that is lost, as XLA says it, once a text holds LOST."""
+"""`gram_jax.serve` with a device that is lost, as XLA says it, once a prompt holds LOST."""
 
 import jax
 import numpy as np
@@ -6,13 +6,20 @@ import numpy as np
 from gram_jax import entry, reward_model, serve
 from gram_jax.scorer import Scorer
 
+NUMBER = jax.ShapeDtypeStruct((), np.float32)
+
 
 def lose(_):
     raise OSError("the device is lost")
 
 
+@jax.jit
+def fail(x):
+    return jax.pure_callback(lose, NUMBER, x)
+
+
 class Losing(Scorer):
-    """A scorer whose runtime fails in the middle of a batch, once one is asked of it."""
+    """A scorer whose runtime fails in the middle of a batch, once it was asked to."""
 
     is_asked = False
 
@@ -23,8 +30,7 @@ class Losing(Scorer):
     def run(self, batches, *, per_token=False):
         for scores in super().run(batches, per_token=per_token):
             if self.is_asked:
-                number = jax.ShapeDtypeStruct((), np.float32)
-                jax.jit(lambda x: jax.pure_callback(lose, number, x))(0.0).block_until_ready()
+                fail(0.0).block_until_ready()
             yield scores
 
 

@@ -416,3 +416,5 @@ def test_everything_has_a_name_and_fits_a_narrow_screen(server, open_page):
     assert page.locator("h1").count() == page.locator("main").count() == 1
     assert page.get_attribute("html", "lang") == "en"
     assert page.evaluate("document.documentElement.scrollWidth") <= 340
+    room = "e => e.parentElement.clientWidth - e.offsetWidth"
+    assert page.locator(".ranking").evaluate(room) >= 0  # its buttons are all in sight

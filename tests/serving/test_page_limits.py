@@ -72,7 +72,6 @@ def test_a_server_that_is_full_for_long_says_for_how_long(small, open_page):
     batcher = small.service.engine.batcher
     write(page, PROMPT, FIRST, SECOND)
     compare(page)  # so that it knows how fast it is
-    page.fill("#response-0", LONG[:50])
     with Occupied(small):
         usual = batcher.waiting_tokens
         batcher.waiting_tokens = 1000 * max(batcher._speed, 1)  # as of many requests before it

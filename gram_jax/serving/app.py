@@ -105,7 +105,7 @@ async def _index(_: Request) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "GET, HEAD")  # static files do not say
+        allowed = (error.headers or {}).get("Allow", "")
         found = RequestError("method_not_allowed", f"this path takes {allowed}")
     else:
         found = RequestError("not_found", "there is nothing here; /docs lists the paths")

@@ -1,12 +1,13 @@
-"""What a request takes of memory while it waits."""
+"""What a request takes of memory while it waits, and how long it is told to wait."""
 
 import tracemalloc
 
 import numpy as np
 
 from gram_jax.encoding import Cut, Encoded
+from gram_jax.scorer import Question
 from gram_jax.scoring import batch_shapes
-from gram_jax.serving.batching import Work
+from gram_jax.serving.batching import Batcher, Work
 
 PROMPT, RESPONSES, QUESTIONS = 8000, 128, 20
 
@@ -36,3 +37,18 @@ def test_equal_sequences_of_different_arrays_are_computed_once():
     encoded = [Encoded([(prompt, response)], (3,), Cut(0, (0,))) for prompt in prompts]
     work = Work(encoded, batch_shapes(256, 1, "likelihood", None)[-1], lambda error: None)
     assert len(work.sequences) == work.missing == 1
+
+
+def test_what_was_dropped_says_nothing_of_the_speed(make_scorer):
+    scorer = make_scorer(batch_rows=1)
+    batcher, told = Batcher(scorer), []
+    speeds = []
+    for is_dropped in (False, True):
+        work = Work([scorer.encode(Question("a", ["b"]))], scorer.shapes[-1], told.append)
+        batcher.add(work)
+        if is_dropped:
+            batcher.drop(work)
+        batcher._compute()
+        speeds.append(batcher._speed)
+    assert told == [None]
+    assert speeds[0] == speeds[1] > 0

@@ -71,6 +71,7 @@ setup(
         "trl": ["trl>=1.16"],
         # In an environment of its own: it needs safetensors before 0.8.
         "tunix": ["google-tunix>=0.1.7"],
+        "page": ["playwright>=1.60"],  # tests of the server's page, with Debian's chromium
         "serve": ["prometheus-client", "starlette>=1.0", "uvicorn>=0.40"],
         # In an environment of its own: it needs older versions of four packages than
         # constraints.txt has (docs/preparing.md).

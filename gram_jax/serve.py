@@ -48,17 +48,33 @@ _API_KEY_FILE = flags.DEFINE_string(
     "File with one key a line, one of which every request must send. By default the key in the"
     " environment's GRAM_JAX_API_KEY, if it is set; else none is needed.",
 )
-_BODY_BYTES = flags.DEFINE_integer("body_bytes", 8 << 20, "Most bytes of a request.")
-_ITEMS = flags.DEFINE_integer("items", 1024, "Most questions of a request.")
-_CANDIDATES = flags.DEFINE_integer("candidates", 128, "Most responses to one prompt.")
+_BODY_BYTES = flags.DEFINE_integer("body_bytes", 8 << 20, "Most bytes of a request.", lower_bound=1)
+_ITEMS = flags.DEFINE_integer("items", 1024, "Most questions of a request.", lower_bound=1)
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates", 128, "Most responses to one prompt.", lower_bound=1
+)
 _WAITING = flags.DEFINE_integer(
-    "waiting", 1024, "Most requests at once, waiting or being computed; more are answered 429."
+    "waiting",
+    1024,
+    "Most requests at once, waiting or being computed; more are answered 429.",
+    lower_bound=1,
 )
 _TIMEOUT_SECONDS = flags.DEFINE_float(
-    "timeout_seconds", 120.0, "A request that takes longer is answered 504, and dropped."
+    "timeout_seconds",
+    120.0,
+    "A request that takes longer is answered 504, and dropped. An answer that its client takes"
+    " longer to read is cut off.",
+    lower_bound=0.1,
+)
+_HEAD_SECONDS = flags.DEFINE_float(
+    "head_seconds",
+    20.0,
+    "A client that takes longer to send a request's line and headers is answered 408, and"
+    " disconnected.",
+    lower_bound=0.1,
 )
 _GRACE_SECONDS = flags.DEFINE_float(
-    "grace_seconds", 120.0, "After SIGTERM, how long what was taken may take."
+    "grace_seconds", 120.0, "After SIGTERM, how long what was taken may take.", lower_bound=0
 )
 
 
@@ -79,6 +95,7 @@ def main(_: list[str]) -> None:
         candidates=_CANDIDATES.value,
         waiting=_WAITING.value,
         seconds=_TIMEOUT_SECONDS.value,
+        head_seconds=_HEAD_SECONDS.value,
     )
     keys = _keys()
     listening = bind(_HOST.value, _PORT.value)

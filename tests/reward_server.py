@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 
 class Server:
@@ -40,15 +41,21 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder, *flags, key=""):
-    """A `Server` of a checkpoint, on a free port, that ends with the block."""
+def serving(folder, *flags, key="", program=("-m", "gram_jax.serve"), log=None, **variables):
+    """A `Server` of a checkpoint, on a free port, that ends with the block.
+
+    What it says goes to the file ``log``, if there is one; ``variables`` are of its environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gram_jax.serve", f"--checkpoint={folder}", f"--port={port}",
+    command = [sys.executable, *program, f"--checkpoint={folder}", f"--port={port}",
                "--row_length=256", "--batch_rows=1", *flags]  # fmt: skip
-    environment = {**os.environ, "GRAM_JAX_API_KEY": key}
-    with subprocess.Popen(command, env=environment) as process:
+    environment = {**os.environ, "GRAM_JAX_API_KEY": key, **variables}
+    with (
+        Path(log or os.devnull).open("w") as said,
+        subprocess.Popen(command, env=environment, stderr=said if log else None) as process,
+    ):
         try:
             server = Server(process, f"http://127.0.0.1:{port}/", key)
             server.wait()

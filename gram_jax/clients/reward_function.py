@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from gram_jax.checkpoints import load_model
 from gram_jax.clients.server import Server
 from gram_jax.config import ComputeConfig
+from gram_jax.data.formats import kind
 from gram_jax.data.sources import Prompt, Response
 from gram_jax.errors import UserError
 from gram_jax.ranking import rank
@@ -184,11 +185,15 @@ def _groups(
         raise UserError(f"{len(references)} references for {len(prompts)} prompts")
     groups: dict[str, _Group] = {}
     for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        _check_response(completion, f"completions[{place}]")
         reference = "" if references is None else references[place]
-        if references is not None and (reference is None or _is_blank(reference)):
-            raise UserError(
-                f"reference[{place}]: is empty, and a judge compares the completion with it"
-            )
+        if references is not None:
+            if reference is not None:  # as columns have it where there is none
+                _check_response(reference, f"reference[{place}]")
+            if reference is None or _is_blank(reference):
+                raise UserError(
+                    f"reference[{place}]: is empty, and a judge compares the completion with it"
+                )
         try:
             key = json.dumps([prompt, reference], sort_keys=True)
         except TypeError as error:
@@ -196,6 +201,14 @@ def _groups(
         group = groups.setdefault(key, _Group(prompt, reference, [], []))
         (group.blank if _is_blank(completion) else group.places).append(place)
     return list(groups.values())
+
+
+def _check_response(value: Any, field: str) -> None:
+    is_messages = isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    if not isinstance(value, str) and not is_messages:
+        raise UserError(
+            f"{field}: must be text or a list with one assistant message, not {kind(value)}"
+        )
 
 
 def _is_blank(completion: Response) -> bool:

@@ -7,6 +7,7 @@ import json
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,10 @@ from gram_jax.scorer import Question, QuestionError
 
 _CONNECTIONS = 16
 """Requests at once; the server puts them together into batches."""
+_FIRST_SECONDS = 10.0
+"""For the server to say what it has."""
+_EMPTY = len(json.dumps({"items": []}))
+"""Bytes of a request for nothing."""
 _FIELD = re.compile(r"(?:items\[(\d+)\]\.)?(prompt|responses|response|a|b)(?:\[(\d+)\])?")
 
 
@@ -34,11 +39,12 @@ class Server:
         Raises:
           UserError: there is no server, or it does not let us in.
         """
+        _check_address(url)
         self._url, self._timeout = url.rstrip("/"), timeout
         self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        described = self._answer("/gram/v1/model", None, deadline=time.monotonic())
+        if key := (api_key or "").strip():  # of a file's line, with its end
+            self._headers["Authorization"] = f"Bearer {_header_value(key)}"
+        described = self._answer("/gram/v1/model", None, _FIRST_SECONDS, again=False)
         try:
             self.kind = str(described["reading"])
             limits = described["limits"]
@@ -73,7 +79,7 @@ class Server:
 
     def _bundles(self, questions: Sequence[Question]) -> Iterator[list[_Part]]:
         """As much as one request may hold, again and again."""
-        bundle, size = list[_Part](), 0
+        bundle, size = list[_Part](), _EMPTY
         most = self._most_candidates
         for number, question in enumerate(questions):
             for start in range(0, len(question.responses), most):
@@ -82,7 +88,7 @@ class Server:
                 more = len(json.dumps(part.body).encode()) + 2
                 if bundle and (len(bundle) == self._most_items or size + more > self._most_bytes):
                     yield bundle
-                    bundle, size = [], 0
+                    bundle, size = [], _EMPTY
                 bundle.append(part)
                 size += more
         if bundle:
@@ -103,7 +109,7 @@ class Server:
 
     def _call(self, call: _Call) -> list[tuple[_Part, list[float]]]:
         try:
-            answer = self._answer(call.path, call.body, time.monotonic() + self._timeout)
+            answer = self._answer(call.path, call.body, self._timeout)
         except _Refused as refused:
             raise _question_error(refused, call.parts) from None
         if call.path == "/gram/v1/compare":
@@ -114,19 +120,20 @@ class Server:
         results = answer["results"]
         return [(p, result["rewards"]) for p, result in zip(call.parts, results, strict=True)]
 
-    def _answer(self, path: str, body: Any, deadline: float) -> Any:
-        """The JSON answer; waits while the server is full, or not there, until the deadline.
+    def _answer(self, path: str, body: Any, seconds: float, *, again: bool = True) -> Any:
+        """The JSON answer; ``again`` waits while the server is full, or not there, for ``seconds``.
 
         Raises:
           _Refused: the server finds fault with the body.
-          UserError: the deadline has passed, or the request can never be answered.
+          UserError: the time has passed, or the request can never be answered.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, self._headers)
+        deadline = time.monotonic() + seconds
         while True:
             wait = 1.0
             try:
-                timeout = max(deadline - time.monotonic(), 10.0)
+                timeout = max(deadline - time.monotonic(), 0.1)  # 0 would not wait at all
                 with urllib.request.urlopen(request, timeout=timeout) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
@@ -139,12 +146,29 @@ class Server:
                 problem = f"{error.code}, {reason}"
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
-            if time.monotonic() + wait > deadline:
+            if not again or time.monotonic() + wait > deadline:
                 raise UserError(
                     f"{self._url}{path}: no answer ({problem}); is there a server, started by"
                     " python -m gram_jax.serve?"
                 )
             time.sleep(wait)
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_address = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        is_address = False
+    if not is_address:
+        raise UserError(f"{url}: is no address of a server; write one as http://localhost:8000")
+
+
+def _header_value(key: str) -> str:
+    """A key as `http.client` sends it as UTF-8, in which the server compares it."""
+    if not key.isprintable():
+        raise UserError("api_key: holds a line's end or a control character; give one key alone")
+    return key.encode().decode("latin-1")
 
 
 class _Part(NamedTuple):

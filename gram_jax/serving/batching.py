@@ -76,19 +76,21 @@ class Work:
         self._places: list[list[int]] = []
         for one in encoded:
             first = len(self.sequences)
-            self._places.append([self._place(sequence, known) for sequence in one.sequences])
+            self._places.append(list(self._place(one.sequences, known)))
             self.units += _units(self.sequences[first:], first, usual)
         self.missing = len(self.units)
         self._scores: list[Scored | None] = [None] * len(self.sequences)
 
     def _place(
-        self, sequence: tuple[IntArray, IntArray], known: dict[tuple[bytes, bytes], int]
-    ) -> int:
-        prompt, rest = sequence
-        place = known.setdefault((prompt.tobytes(), rest.tobytes()), len(self.sequences))
-        if place == len(self.sequences):
-            self.sequences.append(sequence)
-        return place
+        self,
+        sequences: Sequence[tuple[IntArray, IntArray]],
+        known: dict[tuple[bytes, bytes], int],
+    ) -> Iterator[int]:
+        for sequence, prompt in zip(sequences, _prompts(sequences), strict=True):
+            place = known.setdefault((prompt, sequence[1].tobytes()), len(self.sequences))
+            if place == len(self.sequences):
+                self.sequences.append(sequence)
+            yield place
 
     def fill(self, unit: Unit, scores: Sequence[Scored]) -> None:
         """Takes the scores of a unit's sequences."""
@@ -101,6 +103,19 @@ class Work:
         return [score for score in found if score is not None]
 
 
+def _prompts(sequences: Sequence[tuple[IntArray, IntArray]]) -> Iterator[bytes]:
+    """Each sequence's prompt as bytes, made once where neighbours are given the same array.
+
+    A body of one long prompt with many short responses is small; its prompts, copied, are not.
+    """
+    last: IntArray | None = None
+    key = b""
+    for prompt, _ in sequences:
+        if prompt is not last:
+            last, key = prompt, prompt.tobytes()
+        yield key
+
+
 def _units(
     sequences: Sequence[tuple[IntArray, IntArray]], start: int, usual: BatchShape
 ) -> Iterator[Unit]:
@@ -108,8 +123,8 @@ def _units(
     most = min(usual.row.tokens, usual.places // _UNITS)
     first = tokens = 0
     before = b""
-    for at, (prompt, rest) in enumerate(sequences):
-        own, key = usual.row.places(rest), prompt.tobytes()
+    for at, ((prompt, rest), key) in enumerate(zip(sequences, _prompts(sequences), strict=True)):
+        own = usual.row.places(rest)
         size = own + (0 if key == before else len(prompt) - 1)
         if at > first and tokens + size > most:
             yield Unit(range(start + first, start + at), tokens)
@@ -129,6 +144,8 @@ class Batcher:
       packed: what packing did, over all batches that were computed.
       dropped: requests that nobody waited for any more.
     """
+
+    # Those in `_turns` are those with units, so that what is dropped takes no memory.
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self._shapes = scorer, doubling(scorer.shapes)
@@ -162,8 +179,10 @@ class Batcher:
         with self._changed:
             work.dropped = True
             self.dropped += 1
-            self.waiting_tokens -= sum(unit.tokens for unit in work.units)
-            work.units.clear()
+            if work.units and self.failure is None:  # it has its turn
+                self.waiting_tokens -= sum(unit.tokens for unit in work.units)
+                work.units.clear()
+                self._turns.remove(work)
 
     def seconds_waiting(self) -> float:
         """In how many seconds what waits now will be done, about; 1 if nothing was computed yet."""
@@ -237,6 +256,8 @@ class Batcher:
             if not groups[0].running.missing:
                 computed += groups[0].running.packed.tokens
                 self._deliver(groups.popleft())
+        if not computed:  # it was dropped before it was taken
+            return
         speed = computed / max(time.monotonic() - started, 1e-9)
         self._speed = 0.8 * self._speed + 0.2 * speed if self._speed else speed
 
@@ -249,8 +270,6 @@ class Batcher:
             passed: list[Work] = []
             while self._turns and room > 0 and len(passed) < _PASSED_OVER:
                 work = self._turns.popleft()
-                if not work.units:  # dropped
-                    continue
                 unit = work.units[0]
                 if found and (unit.alone or unit.tokens > room):
                     passed.append(work)

@@ -22,7 +22,7 @@ _ENCODED_AT_ONCE = 16
 
 
 class NotFiniteError(QuestionError):
-    """The question is good; the model gives no number."""
+    """The question is good; the model gives no number. Which response is to blame is not known."""
 
 
 class Answer(NamedTuple):

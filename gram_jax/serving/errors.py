@@ -42,6 +42,7 @@ KINDS = {
     "unauthorized": 401,
     "not_found": 404,
     "method_not_allowed": 405,
+    "slow_head": 408,
     "slow_body": 408,
     "too_large": 413,
     "invalid": 422,

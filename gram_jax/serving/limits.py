@@ -23,7 +23,8 @@ class Limits:
       items: questions of one request.
       candidates: responses to one prompt.
       waiting: requests at once, from the first byte of the body to the answer.
-      seconds: a request may take, its body included.
+      seconds: a request may take, its body included; and its client, to read the answer.
+      head_seconds: until a request's line and headers are complete.
     """
 
     body_bytes: int = 8 << 20
@@ -31,6 +32,7 @@ class Limits:
     candidates: int = 128
     waiting: int = 1024
     seconds: float = 120.0
+    head_seconds: float = 20.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

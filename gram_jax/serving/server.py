@@ -14,6 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from gram_jax.errors import UserError
+from gram_jax.serving.connections import connection_class
 from gram_jax.serving.service import Service
 from gram_jax.watchdog import watched
 
@@ -51,6 +52,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connection_class(service.limits),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

@@ -32,11 +32,20 @@ class Asked(NamedTuple):
     def fault(self, error: QuestionError) -> RequestError:
         """What is wrong with this question, as it is told to the client."""
         if isinstance(error, NotFiniteError):
-            return RequestError("not_finite", error.reason, field=self.fields[0].split(".")[0])
+            return RequestError("not_finite", error.reason, field=self._whole())
         field = {"prompt": self.prompt_field, "": None}.get(error.field)
         if error.field == "response":
             field = self.fields[error.index]
         return RequestError("invalid", error.reason, field=field)
+
+    def _whole(self) -> str | None:
+        """The field that holds all responses; None where that is the request."""
+        first, *others = self.fields
+        item, dot, _ = first.partition(".")
+        if dot or not others:
+            return item
+        name, bracket, _ = first.partition("[")
+        return name if bracket else None
 
 
 class Service:

@@ -140,6 +140,9 @@ def test_what_is_wrong_with_a_completion_is_said_of_its_place(folder):
         reward(prompts=[reward_models.messages("a")] * 2, completions=[said, [*said, *said]])
     with pytest.raises(UserError, match=r"prompts\[0\]: is neither text nor messages"):
         reward(prompts=[{1, 2}], completions=["x"])
+    for wrong, called in ((None, "null"), (3, "a number"), (["x"], "a list")):
+        with pytest.raises(UserError, match=rf"completions\[1\]: must be text .*not {called}"):
+            reward(prompts=["a", "a"], completions=["x", wrong])
     with pytest.raises(UserError, match="1 prompts and 2 completions"):
         reward(prompts=["a"], completions=["x", "y"])
 
@@ -156,3 +159,6 @@ def test_a_reward_that_cannot_be_had_is_refused_at_once(folder, tmp_path):
 def test_an_unreachable_server_is_named():
     with pytest.raises(UserError, match=r"localhost:1/gram/v1/model: no answer .*refused"):
         reward_function("http://localhost:1")
+    for wrong in ("http://", "http://localhost:99999", "http://localhost:x", "http://[::1"):
+        with pytest.raises(UserError, match="is no address of a server; write one as"):
+            reward_function(wrong)

@@ -1,5 +1,7 @@
 """The reward function over HTTP: the same numbers, however a server wants to be asked."""
 
+import json
+
 import environments
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from servers import KEY
 from test_reward_function import batch, references
 
 from gram_jax.clients import reward_function
+from gram_jax.clients.server import Server
 from gram_jax.errors import UserError
+from gram_jax.scorer import Question
 
 pytestmark = pytest.mark.timeout(environments.TIMEOUT)
 
@@ -63,6 +67,18 @@ def test_what_the_server_refuses_is_said_of_its_place(likelihood, judge):
         likelihood(prompts=["a", "b"], completions=["x", "y " * 5000])
     with pytest.raises(UserError, match=r"reference\[0\]: .*one assistant message"):
         judge(prompts=chat[:1], completions=[said], reference=[[*said, *said]])
+
+
+def test_what_is_sent_at_once_is_never_more_than_the_server_takes(likelihood_url):
+    server = Server(likelihood_url)
+    server._most_items = 100
+    questions = [Question("p" * n, ["r" * (n % 7)]) for n in range(40)]
+    for most in range(150, 400):
+        server._most_bytes = most
+        bundles = list(server._bundles(questions))
+        assert [part.question for parts in bundles for part in parts] == list(range(40))
+        for parts in bundles:
+            assert len(json.dumps(server._scores(parts).body)) <= most
 
 
 def test_a_server_that_does_not_know_the_key_is_an_error_at_once(judge_url):

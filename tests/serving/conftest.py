@@ -1,6 +1,8 @@
 """Small models of every reading, and rows to score with them."""
 
+import os
 import random
+import shutil
 
 import peer_models
 import pytest
@@ -101,3 +103,51 @@ def rows(english):
         others = [english[dice.randrange(40)][: dice.randrange(5, 60)] for _ in range(i % 3 + 1)]
         made.append((prompt, [text[at : at + 50], *others]))
     return made
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium; without it, or without Playwright, the test is left out."""
+    reason = "see CONTRIBUTING.md"
+    sync_api = pytest.importorskip("playwright.sync_api", reason=f"no playwright: {reason}")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip(f"no chromium: {reason}")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        found = playwright.chromium.launch(executable_path=chromium, args=options)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """``open_page(server)``: a page of it; no request may leave the server, nothing may fail."""
+    from page_actions import expect, origin
+
+    contexts, asked, faults = [], [], []
+
+    def open_(server, fragment="", **options):
+        context = browser.new_context(viewport={"width": 1100, "height": 800}, **options)
+        context.set_default_timeout(0)  # pytest has one, which knows how slow a machine may be
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append((request.url, origin(server))))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda said: _refused(said, faults))
+        page.goto(origin(server) + fragment)
+        expect(page.locator("#model")).not_to_contain_text("Asking")
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert asked
+    assert [url for url, home in asked if not url.startswith(home)] == []
+    assert faults == []
+
+
+def _refused(said, faults):
+    """Answers of 4xx are written to the console by the browser; all else there is a fault."""
+    if said.type in ("error", "warning") and "Failed to load resource" not in said.text:
+        faults.append(said.text)

@@ -8,6 +8,9 @@ import pytest
 from live_server import live
 from prometheus_client.parser import text_string_to_metric_families
 
+from gram_jax.clients import reward_function
+from gram_jax.errors import UserError
+
 SCHEMA = json.loads((Path(__file__).parents[1] / "openapi_31_schema.json").read_text())
 SCORE = "/gram/v1/score"
 GOOD = {"prompt": "What is a list?", "responses": ["A sequence.", "No."]}
@@ -37,6 +40,14 @@ def test_a_key_opens_and_nothing_else_does(locked):
         assert locked.request("GET", path)[0] == 401
     for path in ("/", "/health", "/ready", "/docs", "/openapi.json", "/page/docs.css"):
         assert locked.request("GET", path)[0] == 200, path
+
+
+def test_a_client_of_ours_sends_its_key_as_the_server_reads_it(locked):
+    url = f"http://127.0.0.1:{locked.port}/"
+    for key in ("first", "sécond", " first\n"):
+        assert reward_function(url, api_key=key).kind == "likelihood"
+    with pytest.raises(UserError, match="api_key: holds a line's end"):
+        reward_function(url, api_key="fir\nst")
 
 
 def test_browsers_may_load_nothing_from_elsewhere(likelihood):

@@ -144,16 +144,34 @@ def test_a_score_that_is_not_finite_fails_its_own_request_alone(make_scorer):
         bad = (SCORE, {"prompt": "~", "response": "Yes."})
         item = {"prompt": "~", "response": "Yes."}
         items = (SCORE, {"items": [GOOD, item]})
-        answers = server.all_at_once([(SCORE, GOOD), bad, (SCORE, GOOD), items])
-    assert answers[0] == answers[2] == (200, wanted)
-    for (status, answer), field in ((answers[1], "response"), (answers[3], "items[1]")):
+        one = GOOD | {"responses": ["A sequence.", "~", "No."]}
+        more = [
+            (bad, "response"),
+            (items, "items[1]"),
+            ((SCORE, one), "responses"),  # those beside it in the row have none either
+            ((SCORE, {"items": [GOOD, one]}), "items[1]"),
+            ((RANK, GOOD | {"prompt": "~"}), "responses"),
+            ((COMPARE, {"prompt": "x", "a": "Yes.", "b": "~"}), None),
+            (("/score", {"text_1": "x", "text_2": ["a", "~"]}), "text_2[1]"),
+            (("/rerank", {"query": "x", "documents": ["a", "~"]}), "documents"),
+        ]
+        requests = [(SCORE, GOOD), *(request for request, _ in more), (SCORE, GOOD)]
+        answers = server.all_at_once(requests)
+    assert answers[0] == answers[-1] == (200, wanted)
+    for (status, answer), (_, field) in zip(answers[1:-1], more, strict=True):
         assert status == 500
         assert (answer["error"]["type"], answer["error"]["field"]) == ("not_finite", field)
 
 
 def test_errors_outside_the_routes_are_json_too(server):
-    for method, path, status in (("GET", "/gram/v1/score", 405), ("POST", "/nowhere", 404)):
+    for method, path, status, said in (
+        ("GET", "/gram/v1/score", 405, "takes POST"),
+        ("POST", "/page/page.css", 405, "takes GET"),
+        ("POST", "/nowhere", 404, "/docs"),
+    ):
         found, raw, headers = server.request(method, path, b"{}")
         assert found == status
         assert headers["content-type"] == "application/json"
-        assert json.loads(raw)["error"]["type"] in ("method_not_allowed", "not_found")
+        error = json.loads(raw)["error"]
+        assert error["type"] in ("method_not_allowed", "not_found")
+        assert said in error["message"]

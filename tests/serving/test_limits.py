@@ -8,6 +8,10 @@ import time
 import pytest
 from live_server import live
 
+from gram_jax.clients import reward_function
+from gram_jax.errors import UserError
+from gram_jax.serving.limits import Limits
+
 SCORE = "/gram/v1/score"
 GOOD = {"prompt": "What is a list?", "responses": ["A sequence.", "No."]}
 
@@ -97,6 +101,7 @@ def test_work_of_a_client_that_went_away_is_dropped_before_it_runs(gated):
         waits(lambda: server.batcher.waiting_tokens > 0)
     waits(lambda: server.batcher.dropped == 1)
     assert server.batcher.waiting_tokens == 0
+    assert not server.batcher._turns  # its memory is given back while the device is busy
     server.scorer.gate.set()
     assert first.result()[0] == 200
     assert Call(server).result()[0] == 200
@@ -150,9 +155,15 @@ def test_a_body_that_does_not_arrive_is_given_up(make_scorer):
         assert server.service.admission.requests == 0
 
 
-def test_limits_must_be_positive():
-    from gram_jax.errors import UserError
-    from gram_jax.serving.limits import Limits
+def test_a_client_of_ours_waits_as_long_as_it_was_told(gated):
+    server = gated()
+    reward = reward_function(f"http://127.0.0.1:{server.port}", timeout=0.5)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"score: no answer .*timed out"):
+        reward(prompts=["What is a list?"], completions=["A sequence."])
+    assert time.monotonic() - started < 8  # not the 10 s that it may take to say what it has
 
+
+def test_limits_must_be_positive():
     with pytest.raises(UserError, match="items=0 must be positive"):
         Limits(items=0)

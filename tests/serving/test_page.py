@@ -3,23 +3,15 @@
 import itertools
 import json
 import math
-import os
 import re
-import shutil
 
 import pytest
 from live_server import live
+from page_actions import answer, close, compare, expect, origin, values, write
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: see CONTRIBUTING.md")
-expect = sync_api.expect
-expect.set_options(timeout=600_000)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: see CONTRIBUTING.md"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.timeout(600)
 
-KEY = "a key of the tests"
+KEY = "a kéy of the tests"
 PROMPT = "How do I sort a list?"
 FIRST = "Call list.sort(), which returns None.\nBoth take a key, and both are stable. Größe: ½ 😀"
 SECOND = "Call list.sort(), which returns the list.\nBoth take a key; one is stable."
@@ -37,79 +29,6 @@ def server(make_scorer):
 def locked_judge(make_scorer):
     with live(make_scorer("judge", max_length=256), keys=[KEY]) as found:
         yield found
-
-
-def origin(server):
-    return f"http://127.0.0.1:{server.port}/"
-
-
-def answer(server, route, **body):
-    """What the server says to another client; an error, too."""
-    return server.post(f"/gram/v1/{route}", body, {"X-API-Key": KEY})[1]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield found
-        found.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """``open_page(server)``: a page of it; no request may leave the server, nothing may fail."""
-    contexts, asked, faults = [], [], []
-
-    def open_(server, fragment="", **options):
-        context = browser.new_context(viewport={"width": 1100, "height": 800}, **options)
-        context.set_default_timeout(0)  # pytest has one, which knows how slow a machine may be
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda request: asked.append((request.url, origin(server))))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda said: _refused(said, faults))
-        page.goto(origin(server) + fragment)
-        expect(page.locator("#model")).not_to_contain_text("Asking")
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    assert asked
-    assert [url for url, home in asked if not url.startswith(home)] == []
-    assert faults == []
-
-
-def _refused(said, faults):
-    """Answers of 4xx are written to the console by the browser; all else there is a fault."""
-    if said.type in ("error", "warning") and "Failed to load resource" not in said.text:
-        faults.append(said.text)
-
-
-def write(page, prompt, *responses):
-    page.fill("#prompt", prompt)
-    while page.locator("#responses textarea").count() < len(responses):
-        page.click("#add")
-    for place, text in enumerate(responses):
-        page.fill(f"#response-{place}", text)
-
-
-def compare(page):
-    page.click("#compare")
-    page.wait_for_selector("#result:not([aria-busy])")
-    assert page.locator(".fault:visible, #problem:visible").all_inner_texts() == []
-
-
-def values(locator):
-    """The exact numbers behind those that are shown."""
-    return locator.locator("data").evaluate_all("all => all.map(e => Number(e.value))")
-
-
-def close(numbers):
-    """Equal to float32 rounding, which is what may depend on other requests."""
-    return pytest.approx(numbers, rel=1e-5, abs=1e-5)
 
 
 def test_a_comparison_shows_the_numbers_of_the_server(server, open_page):
@@ -376,7 +295,7 @@ def test_a_judge_asks_for_its_key_and_shows_both_orders(locked_judge, open_page)
     assert page.locator("#problem").is_hidden()
     write(page, PROMPT, FIRST, SECOND)
     compare(page)
-    found = answer(locked_judge, "compare", prompt=PROMPT, a=FIRST, b=SECOND)
+    found = answer(locked_judge, "compare", KEY, prompt=PROMPT, a=FIRST, b=SECOND)
     assert found["rewards"] is None
     names = ("forward", "p_forward", "backward", "p_backward", "p_a_better")
     assert values(page.locator(".orders")) == close([found[name] for name in names])
@@ -390,7 +309,7 @@ def test_a_judge_asks_for_its_key_and_shows_both_orders(locked_judge, open_page)
     write(page, PROMPT, FIRST, SECOND, THIRD)
     compare(page)
     page.wait_for_selector(".ranking")
-    ranked = answer(locked_judge, "rank", prompt=PROMPT, responses=[FIRST, SECOND, THIRD])
+    ranked = answer(locked_judge, "rank", KEY, prompt=PROMPT, responses=[FIRST, SECOND, THIRD])
     rewards = [each["reward"] for each in ranked["results"]]
     assert values(page.locator(".ranking")) == close(rewards)
 
@@ -497,3 +416,5 @@ def test_everything_has_a_name_and_fits_a_narrow_screen(server, open_page):
     assert page.locator("h1").count() == page.locator("main").count() == 1
     assert page.get_attribute("html", "lang") == "en"
     assert page.evaluate("document.documentElement.scrollWidth") <= 340
+    room = "e => e.parentElement.clientWidth - e.offsetWidth"
+    assert page.locator(".ranking").evaluate(room) >= 0  # its buttons are all in sight

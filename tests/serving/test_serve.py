@@ -15,7 +15,9 @@ import pytest
 from live_server import Gated, Live
 from reward_server import serving
 
+from gram_jax.scorer import Question
 from gram_jax.serving.app import make_app
+from gram_jax.serving.batching import Work
 from gram_jax.serving.engine import Engine
 from gram_jax.serving.limits import Limits
 from gram_jax.serving.server import bind, serve
@@ -77,6 +79,7 @@ def test_what_cannot_be_started_says_why(folder, tmp_path):
         wrong = [
             (f"--api_key_file={empty}", "holds no key; write one a line"),
             (f"--port={port}", f"--host=127.0.0.1 --port={port}: cannot listen there"),
+            ("--head_seconds=0", "flag --head_seconds=0"),
         ]
         for flag, reason in wrong:
             done = subprocess.run([*command, flag], capture_output=True, text=True, timeout=280)
@@ -132,3 +135,9 @@ def test_a_failed_device_answers_everyone_and_ends_the_server(make_scorer):
     assert service.state() == "failed"
     assert sorted(code for code, _ in answers) == [200, 500, 500]
     assert {a["error"]["type"] for code, a in answers if code == 500} == {"failed"}
+    # One that came too late is told at once, and may be dropped.
+    told = []
+    work = Work([scorer.encode(Question("a", ["b"]))], scorer.shapes[-1], told.append)
+    service.engine.batcher.add(work)
+    service.engine.batcher.drop(work)
+    assert told == [service.engine.batcher.failure]

@@ -33,8 +33,9 @@ function fieldOf(field, pair) {
 /**
  * All that the page shows of a question {prompt, responses}.
  *
- * Returns {pair, comparison, ranking, scores}: ranking is null for two responses, scores (rewards,
- * logprobs, num_tokens and tokens by response) is null of a judge.
+ * Returns {pair, comparison, ranking, scores, cut}: ranking is null for two responses, scores
+ * (rewards, logprobs, num_tokens and tokens by response) is null of a judge, cut says whether
+ * something did not fit, in any of them.
  *
  * @throws ApiError.
  */
@@ -48,5 +49,7 @@ export async function ask(model, question, chosen, signal) {
     return { pair, comparison: await comparePair(question, pair, signal) };
   })();
   const [scored, ranked, compared] = await Promise.all([scoring, ranking, comparing]);
-  return { ...compared, ranking: ranked?.results ?? null, scores: scored?.results[0] ?? null };
+  const scores = scored?.results[0] ?? null;
+  const cut = [compared.comparison, ranked, scores].some((part) => part?.truncated);
+  return { ...compared, ranking: ranked?.results ?? null, scores, cut };
 }

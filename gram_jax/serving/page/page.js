@@ -75,18 +75,21 @@ async function run(work) {
   try {
     await work(mine.signal);
   } catch (error) {
-    if (mine.signal.aborted) return;
+    if (running !== mine) return;
     running = null;
+    mine.abort(); // what else was asked for it
     say("");
     noteChange();
     showProblem(error);
   } finally {
-    if (!mine.signal.aborted) {
-      running = null;
-      byId("result").removeAttribute("aria-busy");
-    }
+    if (running === mine) running = null;
+    if (!running) byId("result").removeAttribute("aria-busy");
   }
 }
+
+api.whenBusy((seconds) => {
+  say(seconds ? `The server is busy. Asking again in ${seconds} s …` : "Comparing …");
+});
 
 async function show(state, question, result) {
   shown = { state, question, result };

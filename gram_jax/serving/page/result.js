@@ -129,10 +129,9 @@ function plainParts(result, question, model) {
  * @param choose is called with the places of two other responses to compare.
  */
 export function resultParts(result, question, model, choose) {
-  const { comparison, ranking, pair } = result;
-  const truncated = comparison.truncated || result.scores?.truncated;
+  const { comparison, ranking, pair, cut } = result;
   const parts = [headline(comparison, pair)];
-  if (truncated) {
+  if (cut) {
     parts.push(element("p", { class: "notice" },
       `Something was cut to fit max_length=${model.max_length}:`,
       " not all that stands in the fields was scored."));

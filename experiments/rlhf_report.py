@@ -1,0 +1,286 @@
+"""Tables and figures of `experiments.rlhf`, from the JSON files of its runs.
+
+  python -m experiments.rlhf_report [RESULTS] [FIGURES]
+
+By default experiments/results/rlhf and docs/images. Prints the tables as Markdown, and draws
+rlhf_gold.svg and rlhf_best_of_n.svg.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.rlhf_curves import Place, common_kl, kl_of, place_at, proxy_gains, wins
+from experiments.rlhf_figures import best_figure, gold_figure, save
+from experiments.rlhf_results import BEST, Best, Check, Run, read_best, read_run, run_path
+from experiments.rlhf_settings import REWARDS
+from gram_jax import distributed
+from gram_jax.bootstrap import Interval, clustered_mean
+from gram_jax.errors import UserError
+from gram_jax.evaluation import Floats
+
+RESULTS = Path(__file__).parent / "results" / "rlhf"
+FIGURES = Path(__file__).parents[1] / "docs" / "images"
+
+LABELS = {"likelihood": "likelihood", "judge": "judge", "bradley_terry": "Bradley-Terry"}
+PICKERS = {
+    "likelihood": "likelihood, mean per token",
+    "likelihood_sum": "likelihood, sum",
+    "judge": "judge",
+    "bradley_terry": "Bradley-Terry",
+    "longest": "the longest",
+    "gold": "the gold rule itself",
+}
+_SHOWN_SIZES = (1, 4, 16, 64)
+
+
+class Found(NamedTuple):
+    """All results of a folder.
+
+    Attributes:
+      runs: by reward, one a seed.
+      best: one a seed.
+    """
+
+    runs: dict[str, list[Run]]
+    best: list[Best]
+
+
+def read_all(results: Path) -> Found:
+    """Reads the seeds that are complete.
+
+    Raises:
+      UserError: there is none.
+    """
+    found = Found({name: [] for name in REWARDS}, [])
+    seed = 0
+    while all(run_path(results, seed, what).is_file() for what in (*REWARDS, BEST)):
+        for name in REWARDS:
+            found.runs[name].append(read_run(run_path(results, seed, name)))
+        found.best.append(read_best(run_path(results, seed, BEST)))
+        seed += 1
+    if not found.best:
+        raise UserError(f"{results}: no seed is complete here; run python -m experiments.rlhf")
+    return found
+
+
+def report(results: Path = RESULTS, figures: Path = FIGURES) -> dict[str, str]:
+    """Draws the figures in a folder; returns Markdown tables by name.
+
+    ``rewards``: what they get right of held-out pairs. ``equal_kl``, ``differences``: policies at
+    the largest KL that all runs reach. ``ends``: policies at the end. ``best_of_n``. ``cost``.
+
+    Raises:
+      UserError: no seed is complete.
+    """
+    found = read_all(results)
+    figures.mkdir(parents=True, exist_ok=True)
+    save(gold_figure(found.runs, LABELS), figures / "rlhf_gold.svg")
+    save(best_figure(found.best, PICKERS), figures / "rlhf_best_of_n.svg")
+    kl, places = _equal_places(found)
+    ends = {name: [_end(run) for run in runs] for name, runs in found.runs.items()}
+    return {
+        "rewards": _rewards_table(found),
+        "equal_kl": f"At a KL of {kl:.2f} nats:\n\n{_policies_table(found, places)}",
+        "differences": _differences_table(found, places),
+        "ends": _policies_table(found, ends),
+        "best_of_n": _best_table(found.best),
+        "cost": _cost_table(found),
+    }
+
+
+def _end(run: Run) -> Place:
+    last = len(run.checks) - 1
+    return Place(last, last, 0.0)
+
+
+def _equal_places(found: Found) -> tuple[float, dict[str, list[Place]]]:
+    """The largest KL that every run reaches, and where each reaches it."""
+    curves = {name: [kl_of(run) for run in runs] for name, runs in found.runs.items()}
+    kl = common_kl([curve for of_reward in curves.values() for curve in of_reward])
+    return kl, {name: [place_at(curve, kl) for curve in each] for name, each in curves.items()}
+
+
+def _rewards_table(found: Found) -> str:
+    rows = []
+    for name, runs in found.runs.items():
+        row = [LABELS[name]]
+        for which in ("in", "out"):
+            each = [run.facts["reward_accuracy"][which] for run in runs]
+            text = ", ".join(f"{a['value']:.3f} [{a['low']:.3f}, {a['high']:.3f}]" for a in each)
+            row.append(text)
+        rows.append(row)
+    return _table(["reward", "packages trained on, by seed", "packages never seen, by seed"], rows)
+
+
+def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
+    header = [
+        "reward", "KL, nats", "steps", "win rate against the start", "gain in chrF",
+        "gain in parameters named", "gain of the reward itself, SD", "characters", "ended",
+    ]  # fmt: skip
+    rows = []
+    for name, runs in found.runs.items():
+        at = places[name]
+        rows.append(
+            [
+                LABELS[name],
+                _by_seed([p.of(kl_of(r)) for r, p in zip(runs, at, strict=True)], ".2f"),
+                _by_seed([p.of([c.step for c in r.checks]) for r, p in zip(runs, at, strict=True)]),
+                _interval(_pooled(runs, at, _wins)),
+                _interval(_pooled(runs, at, _gain), signed=True),
+                _interval(_pooled(runs, at, _named_gain), signed=True),
+                _by_seed([_proxy_gain(r, p) for r, p in zip(runs, at, strict=True)], "+.2f"),
+                _by_seed([_mean(r, p, "characters") for r, p in zip(runs, at, strict=True)]),
+                _by_seed([_mean(r, p, "finished") for r, p in zip(runs, at, strict=True)], ".2f"),
+            ]
+        )
+    start = [run for run in next(iter(found.runs.values()))]
+    first = Place(0, 0, 0.0)
+    lengths = _by_seed([_mean(run, first, "characters") for run in start])
+    ended = _by_seed([_mean(run, first, "finished") for run in start], ".2f")
+    rows.append(["(the start)", "0", "0", "0.500", "0", "0", "0", lengths, ended])
+    return _table(header, rows)
+
+
+def _differences_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
+    """Rewards two by two at equal KL, on the same prompts of the same seeds."""
+    rows = []
+    for one, other in (
+        ("likelihood", "bradley_terry"), ("judge", "bradley_terry"), ("likelihood", "judge"),
+    ):  # fmt: skip
+        row = [f"{LABELS[one]} less {LABELS[other]}"]
+        for value in (_wins, _gain):
+            values, clusters = [], list[str]()
+            for a, b, p, q in zip(
+                found.runs[one], found.runs[other], places[one], places[other], strict=True
+            ):
+                values.append(value(a, p) - value(b, q))
+                clusters += a.prompts
+            row.append(_interval(clustered_mean(np.concatenate(values), clusters, seed=0), True))
+        rows.append(row)
+    return _table(["rewards", "win rate", "chrF"], rows)
+
+
+def _wins(run: Run, place: Place) -> Floats:
+    """Against the start, [P]."""
+    start = run.checks[0].gold
+    return place.of([wins(check.gold, start) for check in run.checks])
+
+
+def _gain(run: Run, place: Place) -> Floats:
+    """Of gold over the start, [P]."""
+    gold = np.array([np.mean(check.gold, axis=1) for check in run.checks])
+    return place.of(gold - gold[0])
+
+
+def _named_gain(run: Run, place: Place) -> Floats:
+    """Of the parameters named, [P]; NaN where a prompt has none."""
+
+    def means(check: Check) -> list[float]:
+        return [np.nan if each is None else float(np.mean(each)) for each in check.named]
+
+    named = np.array([means(check) for check in run.checks])
+    return place.of(named - named[0])
+
+
+def _proxy_gain(run: Run, place: Place) -> float:
+    return float(place.of(proxy_gains(run)))
+
+
+def _mean(run: Run, place: Place, field: str) -> float:
+    return float(place.of([np.mean(getattr(check, field)) for check in run.checks]))
+
+
+def _pooled(runs: Sequence[Run], places: Sequence[Place], value: object) -> Interval:
+    """The mean over all seeds, with an interval clustered by prompt; NaN are left out."""
+    assert callable(value)
+    found = np.concatenate([value(run, place) for run, place in zip(runs, places, strict=True)])
+    prompts = [prompt for run in runs for prompt in run.prompts]
+    kept = np.isfinite(found)
+    clusters = [prompt for prompt, keep in zip(prompts, kept, strict=True) if keep]
+    return clustered_mean(found[kept], clusters, seed=0)
+
+
+def _best_table(best: Sequence[Best]) -> str:
+    sizes = best[0].sizes
+    shown = [sizes.index(size) for size in _SHOWN_SIZES if size in sizes]
+    header = ["picked by"]
+    header += [f"gain in chrF, N = {sizes[k]}" for k in shown if k]
+    header += [f"parameters named, N = {sizes[shown[-1]]}", "rank correlation with chrF"]
+    prompts = [prompt for one in best for prompt in one.prompts]
+    rows = []
+    for picker, label in PICKERS.items():
+        gold = np.concatenate([np.array(one.gold[picker]) for one in best])
+        row = [label]
+        for k in shown:
+            if k:
+                gain = clustered_mean(gold[:, k] - gold[:, 0], prompts, seed=0)
+                row.append(_interval(gain, signed=True))
+        named = [(p, v) for one in best for p, v in zip(one.prompts, one.named[picker], strict=True)]
+        some = [(prompt, values[shown[-1]] - values[0]) for prompt, values in named if values]
+        gain = clustered_mean(np.array([v for _, v in some]), [p for p, _ in some], seed=0)
+        row.append(_interval(gain, signed=True))
+        known = [
+            (p, v)
+            for one in best
+            for p, v in zip(one.prompts, one.correlation[picker], strict=True)
+            if v is not None
+        ]
+        mean = clustered_mean(np.array([v for _, v in known]), [p for p, _ in known], seed=0)
+        rows.append([*row, _interval(mean, signed=True)])
+    first = np.mean([np.array(one.gold["gold"])[:, 0].mean() for one in best])
+    return _table(header, rows) + f"\n\nOne sample: chrF {first:.3f}."
+
+
+def _cost_table(found: Found) -> str:
+    rows = []
+    for name, runs in found.runs.items():
+        rows.append(
+            [
+                LABELS[name],
+                _by_seed([run.facts["seconds"]["stage_1"] for run in runs]),
+                _by_seed([run.facts["seconds"]["stage_2"] for run in runs]),
+                _by_seed([run.facts["seconds"]["grpo"] for run in runs]),
+                _by_seed([run.facts["seconds"]["checks"] for run in runs]),
+            ]
+        )
+    table = _table(
+        ["seconds, by seed", "stage 1", "stage 2", "GRPO", "checks of the policy"], rows
+    )
+    best = _by_seed([one.facts["seconds"]["best_of_n"] for one in found.best])
+    start = _by_seed([one.facts["seconds"]["start"] for one in found.best])
+    return f"{table}\n\nSamples of the start: {start} s; rewards and gold of best of N: {best} s."
+
+
+def _by_seed(values: Sequence[float | Floats], form: str = ".0f") -> str:
+    return ", ".join(f"{float(value):{form}}" for value in values)
+
+
+def _interval(value: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{value.value:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _main() -> None:
+    try:
+        if len(sys.argv) > 3:
+            raise UserError("name at most two folders: python -m experiments.rlhf_report IN OUT")
+        folders = [Path(name) for name in sys.argv[1:]]
+        for name, table in report(*folders).items():
+            print(f"### {name}\n\n{table}\n")
+    except UserError as error:
+        distributed.fail(2, f"error: {error}")
+
+
+if __name__ == "__main__":
+    _main()

@@ -6,6 +6,7 @@ Runs where Tunix is (`experiments.rlhf` starts it there).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import tunix
 from tunix.models.llama3.model import Llama3
 
 from experiments.rlhf_gold import Chrf, parameters_named
-from experiments.rlhf_policy import Writer
+from experiments.rlhf_policy import Rollout, Writer
 from experiments.rlhf_results import Check
 from experiments.rlhf_settings import Sizes
 
@@ -59,9 +60,7 @@ class Checker:
         kl = self._writer.kl(policy, self._start, written)
 
         def by_prompt(values: Sequence[Any]) -> list[list[Any]]:
-            return [
-                list(values[i : i + samples]) for i in range(0, len(values), samples)
-            ]
+            return [list(values[i : i + samples]) for i in range(0, len(values), samples)]
 
         texts = by_prompt(written.texts)
         named = [
@@ -71,7 +70,9 @@ class Checker:
         return Check(
             step=step,
             kl=kl.reshape(-1, samples).mean(axis=1).tolist(),
-            gold=[[gold(text) for text in some] for gold, some in zip(self._gold, texts, strict=True)],
+            gold=[
+                [gold(text) for text in some] for gold, some in zip(self._gold, texts, strict=True)
+            ],
             named=[None if each[0] is None else [float(v or 0.0) for v in each] for each in named],
             proxy=by_prompt(proxy),
             characters=[[len(text) for text in some] for some in texts],
@@ -83,7 +84,7 @@ class Checker:
 def rewards(
     reward: RewardOf, prompts: Sequence[str], texts: Sequence[str], references: Sequence[str]
 ) -> list[float]:
-    """Rewards of texts; 0 for all texts of a prompt that are blank together, which none is worth."""
+    """Rewards of texts; 0 for those of a prompt whose texts are all blank."""
     found = reward(prompts=list(prompts), completions=list(texts), reference=list(references))
     return [0.0 if value is None else float(value) for value in found]
 
@@ -143,6 +144,7 @@ def train(
                 mini_batch_size=sizes.step_prompts,
                 train_micro_batch_size=sizes.step_prompts,
             ),
+            rollout_engine=functools.partial(Rollout, writer=writer),
             rollout_config=rollout,
         ),
     )

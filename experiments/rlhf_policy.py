@@ -20,6 +20,7 @@ from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.llama3.model import Llama3, ModelConfig
 from tunix.models.llama3.params import create_model_from_safe_tensors
 from tunix.rl import common
+from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 from experiments.rlhf_settings import Sizes
 from gram_jax.checkpoints import load_model
@@ -106,7 +107,7 @@ class Writer:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self._sizes = sizes
         config = policy.config
-        self._sampler = Sampler(
+        self.sampler = Sampler(
             policy,
             self.tokenizer,
             CacheConfig(
@@ -120,12 +121,12 @@ class Writer:
 
     def write(self, policy: Llama3, prompts: Sequence[str], seed: int) -> Written:
         """One response to each prompt; the same seed gives the same."""
-        self._sampler.transformer_state = nnx.variables(policy)
+        self.sampler.transformer_state = nnx.variables(policy)
         texts: list[str] = []
-        tokens, ended = [], []
+        tokens, ended = [], list[bool]()
         for number, start in enumerate(range(0, len(prompts), BATCH)):
             some = list(prompts[start : start + BATCH])
-            output = self._sampler(
+            output = self.sampler(
                 some + some[:1] * (BATCH - len(some)),
                 max_generation_steps=self._sizes.response_tokens,
                 max_prompt_length=self._sizes.prompt_tokens,
@@ -133,14 +134,24 @@ class Writer:
                 top_p=1.0,
                 top_k=None,
                 seed=jax.random.fold_in(jax.random.key(seed), number),
-                pad_output=True,
             )
-            written = np.asarray(output.tokens)[: len(some)]
+            written = [self.with_end(ids) for ids in output.tokens[: len(some)]]
+            after = np.full((len(some), self._sizes.response_tokens), self.tokenizer.pad_token_id)
+            for row, ids in zip(after, written, strict=True):
+                row[: len(ids)] = ids
             before = np.asarray(output.padded_prompt_tokens)[: len(some)]
             texts += output.text[: len(some)]
-            tokens.append(np.concatenate([before, written], axis=1))
-            ended.append((written == self.tokenizer.eos_token_id).any(axis=1))
-        return Written(texts, np.concatenate(tokens).astype(np.int32), np.concatenate(ended))
+            tokens.append(np.concatenate([before, after], axis=1))
+            ended += [ids[-1:] == [self.tokenizer.eos_token_id] for ids in written]
+        return Written(texts, np.concatenate(tokens).astype(np.int32), np.array(ended))
+
+    def with_end(self, ids: Sequence[int]) -> list[int]:
+        """The tokens of a response with the end token, which Tunix's sampler leaves out.
+
+        One that was cut off has none.
+        """
+        end = [self.tokenizer.eos_token_id] if len(ids) < self._sizes.response_tokens else []
+        return [*map(int, ids), *end]
 
     def kl(self, policy: Llama3, start: Llama3, written: Written) -> Floats:
         """KL of the policy from the start over each response, [n], nats.
@@ -171,3 +182,25 @@ class Writer:
         # The token after the last one of the prompt is the first one of the response.
         first = self._sizes.prompt_tokens
         return (kl_bt[:, first - 1 : -1] * there[:, first:]).sum(axis=1)
+
+
+class Rollout(VanillaRollout):
+    """Rollouts of GRPO by a `Writer`'s sampler, with the end token of each response.
+
+    Tunix's own give responses without it, so that a policy would not learn when to stop.
+    """
+
+    def __init__(self, rollout_actor: Llama3, writer: Writer, **unused: Any) -> None:
+        # One sampler for all runs: it is compiled once.
+        self._sampler, self._writer, self._actor = writer.sampler, writer, rollout_actor
+
+    def generate(self, prompts: list[str], rollout_config: Any, **more: Any) -> Any:
+        """As Tunix's; the actor's weights are those of this moment."""
+        self._sampler.transformer_state = nnx.variables(self._actor)
+        output = super().generate(prompts, rollout_config, **more)
+        tokens = [np.array(self._writer.with_end(ids)) for ids in output.tokens]
+        return dataclasses.replace(output, tokens=tokens)
+
+    def model(self) -> Llama3:
+        """The actor itself: there are no weights to bring to another place."""
+        return self._actor

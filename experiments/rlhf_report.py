@@ -139,7 +139,7 @@ def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
                 _by_seed([_mean(r, p, "finished") for r, p in zip(runs, at, strict=True)], ".2f"),
             ]
         )
-    start = [run for run in next(iter(found.runs.values()))]
+    start = next(iter(found.runs.values()))
     first = Place(0, 0, 0.0)
     lengths = _by_seed([_mean(run, first, "characters") for run in start])
     ended = _by_seed([_mean(run, first, "finished") for run in start], ".2f")
@@ -221,7 +221,9 @@ def _best_table(best: Sequence[Best]) -> str:
             if k:
                 gain = clustered_mean(gold[:, k] - gold[:, 0], prompts, seed=0)
                 row.append(_interval(gain, signed=True))
-        named = [(p, v) for one in best for p, v in zip(one.prompts, one.named[picker], strict=True)]
+        named = [
+            (p, v) for one in best for p, v in zip(one.prompts, one.named[picker], strict=True)
+        ]
         some = [(prompt, values[shown[-1]] - values[0]) for prompt, values in named if values]
         gain = clustered_mean(np.array([v for _, v in some]), [p for p, _ in some], seed=0)
         row.append(_interval(gain, signed=True))
@@ -249,9 +251,7 @@ def _cost_table(found: Found) -> str:
                 _by_seed([run.facts["seconds"]["checks"] for run in runs]),
             ]
         )
-    table = _table(
-        ["seconds, by seed", "stage 1", "stage 2", "GRPO", "checks of the policy"], rows
-    )
+    table = _table(["seconds, by seed", "stage 1", "stage 2", "GRPO", "checks of the policy"], rows)
     best = _by_seed([one.facts["seconds"]["best_of_n"] for one in found.best])
     start = _by_seed([one.facts["seconds"]["start"] for one in found.best])
     return f"{table}\n\nSamples of the start: {start} s; rewards and gold of best of N: {best} s."

@@ -138,7 +138,9 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def _not_ours(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: not a result of experiments.rlhf ({error}); delete it, and run again")
+    return UserError(
+        f"{path}: not a result of experiments.rlhf ({error}); delete it, and run again"
+    )
 
 
 T = TypeVar("T")

@@ -31,7 +31,7 @@ class Sizes:
     vocabulary: int = 2048
     hidden: int = 128
     layers: int = 4
-    pretrain_steps: int = 900
+    pretrain_steps: int = 1200
     pairs: int = 3000
     pairs_per_kind: int = 60
     prompt_tokens: int = 48
@@ -64,6 +64,7 @@ SMALL = Sizes(
     steps=2,
     step_prompts=2,
     generations=2,
+    learning_rate=0.03,
     check_every=1,
     check_prompts=4,
     check_samples=2,

@@ -10,6 +10,7 @@ are in the same process.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import logging
 import sys
@@ -290,7 +291,7 @@ def _scored(
         [r for r, n in zip(references, counts, strict=True) for _ in range(n)],
     )
     ends = np.cumsum([0, *counts])
-    return [flat[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [flat[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def _lists(curves: Sequence[Floats | None]) -> list[Any]:

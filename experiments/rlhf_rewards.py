@@ -7,6 +7,7 @@ is complete in the work folder is left as it is; what was interrupted goes on.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import time
@@ -90,10 +91,14 @@ def _write_data(sizes: Sizes, work: Work) -> None:
     if work.prompts.is_file():
         return
     files = write_docstring_task(work.data, seed=0, pairs_per_kind=sizes.pairs_per_kind)
-    texts = (row["text"] for _, row in read_jsonl(files.text))
-    tokenizer = Tokenizer.train(texts, sizes.vocabulary)
-    tokenizer.save(work.tokenizer)
+    # Both files are in random order.
+    texts = [row for _, row in itertools.islice(read_jsonl(files.text), sizes.texts)]
     known = [row for _, row in read_jsonl(files.pairs)]
+    for path, rows in ((work.text, texts), (work.pairs, known[: sizes.pairs])):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text("".join(lines), encoding="utf-8")
+    tokenizer = Tokenizer.train((row["text"] for row in texts), sizes.vocabulary)
+    tokenizer.save(work.tokenizer)
     rng = random.Random(0)
     training = _objects(known, tokenizer, sizes, rng)[: sizes.steps * sizes.step_prompts]
     checks = [
@@ -142,7 +147,7 @@ def pretrain_config(sizes: Sizes, work: Work, seed: int) -> Config:
             rope_theta=ROPE_THETA,
         ),
         data=DataConfig(
-            train=(str(work.data / "text.jsonl"),),
+            train=(str(work.text),),
             validation=(str(work.data / "text_validation.jsonl"),),
             row_length=256,
             prepared=str(work.rows("text")),
@@ -166,8 +171,7 @@ def reward_config(sizes: Sizes, work: Work, seed: int, name: str) -> Config:
         init_from=str(work.pretrained(seed)),
         data=DataConfig(
             format="preferences",
-            train=(str(work.data / "pairs.jsonl"),),
-            max_pairs=sizes.pairs,
+            train=(str(work.pairs),),
             row_length=512,
             judge_template=str(JUDGE_TEMPLATE) if judge else "",
             judge_orders="random",

@@ -16,6 +16,7 @@ class Sizes:
 
     Attributes:
       vocabulary, hidden, layers: shape of all models: rewards and policies.
+      texts: to pretrain on, of those there are.
       pretrain_steps: of stage 1, of 2 rows of 256 tokens.
       pairs: of stage 2, each read once, in steps of 6 rows of 512 tokens.
       pairs_per_kind: of each kind of damage, in each of two held-out sets, to test rewards on.
@@ -31,6 +32,7 @@ class Sizes:
     vocabulary: int = 2048
     hidden: int = 128
     layers: int = 4
+    texts: int = 12_000
     pretrain_steps: int = 1200
     pairs: int = 3000
     pairs_per_kind: int = 60
@@ -57,6 +59,7 @@ SMALL = Sizes(
     vocabulary=320,
     hidden=32,
     layers=1,
+    texts=200,
     pretrain_steps=4,
     pairs=40,
     pairs_per_kind=4,
@@ -83,6 +86,14 @@ class Work:
     @property
     def data(self) -> Path:
         return self.root / "data"
+
+    @property
+    def text(self) -> Path:
+        return self.data / "stage_1.jsonl"
+
+    @property
+    def pairs(self) -> Path:
+        return self.data / "stage_2.jsonl"
 
     @property
     def tokenizer(self) -> Path:

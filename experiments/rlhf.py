@@ -29,7 +29,7 @@ from absl import flags
 from benchmarks.harness import machine
 from experiments.rlhf_report import RESULTS
 from experiments.rlhf_results import BEST, is_done, run_path
-from experiments.rlhf_rewards import prepare_all
+from experiments.rlhf_rewards import prepare
 from experiments.rlhf_settings import REWARDS, SMALL, Sizes, Work, described
 from gram_jax import entry
 from gram_jax.errors import UserError
@@ -112,13 +112,20 @@ def main(_: list[str]) -> None:
         print(f"complete already: {_SEEDS.value} seeds in {results}")
         return
     python = tunix_python()
-    prepare_all(sizes, work, sorted({each.seed for each in missing}), _SEEDS.value)
+    for seed in sorted({each.seed for each in missing}):
+        prepare(sizes, work, seed, _SEEDS.value)
+        _run_with_tunix(python, sizes, work, [each for each in missing if each.seed == seed])
+    print(f"{len(missing)} results written to {results}")
+
+
+def _run_with_tunix(python: Path, sizes: Sizes, work: Work, asked: list[Pending]) -> None:
+    """Makes results whose models are there."""
     plan = work.root / "plan.json"
     values = {
         "work": str(work.root),
         "sizes": dataclasses.asdict(sizes),
         "machine": machine(),
-        "pending": [dataclasses.asdict(each) for each in missing],
+        "pending": [dataclasses.asdict(each) for each in asked],
     }
     plan.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     status = subprocess.run(
@@ -126,7 +133,6 @@ def main(_: list[str]) -> None:
     ).returncode
     if status:
         raise UserError(f"the process with Tunix ended with status {status}; it says why above")
-    print(f"{len(missing)} results written to {results}")
 
 
 def _environment() -> dict[str, str]:

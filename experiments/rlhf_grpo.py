@@ -70,8 +70,10 @@ class Checker:
         return Check(
             step=step,
             kl=kl.reshape(-1, samples).mean(axis=1).tolist(),
-            gold=[
-                [gold(text) for text in some] for gold, some in zip(self._gold, texts, strict=True)
+            gold=[[g(text) for text in some] for g, some in zip(self._gold, texts, strict=True)],
+            equal=[
+                [g.at_equal_length(text) for text in some]
+                for g, some in zip(self._gold, texts, strict=True)
             ],
             named=[None if each[0] is None else [float(v or 0.0) for v in each] for each in named],
             proxy=by_prompt(proxy),

@@ -24,8 +24,8 @@ class Check:
     Attributes:
       step: 0 before training.
       kl: [P], nats: of the policy from its start, over a whole response, mean over the samples.
-      gold, named, proxy: [P, S]: chrF; share of parameters named, None for prompts without any; the
-        reward trained on.
+      gold, equal, named, proxy: [P, S]: chrF; chrF at equal length; share of parameters named, None
+        for prompts without any; the reward trained on.
       characters, finished: [P, S]: length; 1 where the response ended by itself.
       texts: of the first sample of some prompts.
     """
@@ -33,6 +33,7 @@ class Check:
     step: int
     kl: list[float]
     gold: list[list[float]]
+    equal: list[list[float]]
     named: list[list[float] | None]
     proxy: list[list[float]]
     characters: list[list[int]]
@@ -67,9 +68,10 @@ class Best:
     Attributes:
       settings, facts, prompts: as of a `Run`.
       sizes: N.
-      gold, named: by picker, [P][len(sizes)], the expected rule of the pick; of prompts without
-        parameters ``named`` is None.
-      correlation: by picker, [P], of its numbers with gold over the samples of a prompt.
+      gold, equal, named: by picker, [P][len(sizes)], the expected rule of the pick; of prompts
+        without parameters ``named`` is None.
+      correlation, equal_correlation: by picker, [P], of its numbers with chrF, and with chrF at
+        equal length, over the samples of a prompt.
     """
 
     settings: dict[str, Any]
@@ -78,8 +80,10 @@ class Best:
     sets: list[str]
     sizes: list[int]
     gold: dict[str, list[list[float]]]
+    equal: dict[str, list[list[float]]]
     named: dict[str, list[list[float] | None]]
     correlation: dict[str, list[float | None]]
+    equal_correlation: dict[str, list[float | None]]
 
 
 def run_path(results: Path, seed: int, what: str) -> Path:
@@ -159,6 +163,6 @@ def _rounded(value: T) -> T:
 
 def _folded(text: str) -> str:
     """A line for each check and each field, so that a change shows where it is."""
-    for name in ("facts", "prompts", "sets", "steps", "checks", "sizes", "gold", "named"):
+    for name in ("facts", "prompts", "sets", "steps", "checks", "sizes", "gold", "equal", "named"):
         text = text.replace(f', "{name}": ', f',\n"{name}": ')
     return text.replace(', {"step":', ',\n{"step":')

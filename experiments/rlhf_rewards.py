@@ -6,7 +6,6 @@ is complete in the work folder is left as it is; what was interrupted goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import random
@@ -45,25 +44,26 @@ ROPE_THETA = 1e6
 """Tunix 0.1.7's model of Llama 3 computes with this one, whatever its config says."""
 
 _DONE = "done.json"
+_TRAINING = 1000
+"""Prompts that are kept for GRPO."""
 
 
-def prepare_all(sizes: Sizes, work: Work, seeds: Iterable[int], count: int) -> None:
-    """Makes all that the policies of these seeds need, of ``count`` seeds in all.
+def prepare(sizes: Sizes, work: Work, seed: int, seeds: int) -> None:
+    """Makes all that the policies of a seed need, of ``seeds`` in all.
 
     Raises:
       UserError: the work folder has files of other sizes.
     """
     _claim(sizes, work)
     _write_data(sizes, work)
-    for seed in seeds:
-        other = policy_seed(seed, count)
-        for each in (seed, other):
-            _train(pretrain_config(sizes, work, each), work.pretrained(each))
-        if not (work.policy(other) / "config.json").is_file():
-            export_checkpoint(work.pretrained(other), work.policy(other))
-        for name in REWARDS:
-            _train(reward_config(sizes, work, seed, name), work.reward(seed, name))
-            _write_accuracy(work, seed, name)
+    other = policy_seed(seed, seeds)
+    for each in (seed, other):
+        _train(pretrain_config(sizes, work, each), work.pretrained(each))
+    if not (work.policy(other) / "config.json").is_file():
+        export_checkpoint(work.pretrained(other), work.policy(other))
+    for name in REWARDS:
+        _train(reward_config(sizes, work, seed, name), work.reward(seed, name))
+        _write_accuracy(work, seed, name)
 
 
 def _claim(sizes: Sizes, work: Work) -> None:
@@ -81,9 +81,12 @@ def _claim(sizes: Sizes, work: Work) -> None:
 
 
 def _of_models(sizes: Sizes) -> dict[str, Any]:
-    """What of the sizes models and prompts depend on; GRPO's own may differ between runs."""
-    free = ("learning_rate", "kl_weight", "check_every", "check_samples", "best_samples")
-    return {k: v for k, v in dataclasses.asdict(sizes).items() if k not in free}
+    """What of the sizes models and prompts depend on; the rest may differ between runs."""
+    decisive = (
+        "vocabulary", "hidden", "layers", "texts", "pretrain_steps", "pairs", "pairs_per_kind",
+        "prompt_tokens", "check_prompts",
+    )  # fmt: skip
+    return {name: getattr(sizes, name) for name in decisive}
 
 
 def _write_data(sizes: Sizes, work: Work) -> None:
@@ -100,7 +103,7 @@ def _write_data(sizes: Sizes, work: Work) -> None:
     tokenizer = Tokenizer.train((row["text"] for row in texts), sizes.vocabulary)
     tokenizer.save(work.tokenizer)
     rng = random.Random(0)
-    training = _objects(known, tokenizer, sizes, rng)[: sizes.steps * sizes.step_prompts]
+    training = _objects(known, tokenizer, sizes, rng)[:_TRAINING]
     checks = [
         {**row, "set": name}
         for name, path in (("in", files.pairs_in), ("out", files.pairs_out))
@@ -108,10 +111,10 @@ def _write_data(sizes: Sizes, work: Work) -> None:
             : sizes.check_prompts // 2
         ]
     ]
-    if len(checks) < sizes.check_prompts or not training:
+    if len(checks) < sizes.check_prompts:
         raise UserError(
-            f"{len(checks)} held-out prompts of at most {sizes.prompt_tokens} tokens, and"
-            f" {len(training)} to train on: this Python has too few docstrings"
+            f"there are {len(checks)} held-out prompts of at most {sizes.prompt_tokens} tokens, and"
+            f" {sizes.check_prompts} are wanted: this Python has too few docstrings"
         )
     text = json.dumps({"training": training, "checks": checks}, indent=1, ensure_ascii=False)
     work.prompts.write_text(text + "\n", encoding="utf-8")

@@ -37,16 +37,16 @@ class Sizes:
     pairs: int = 3000
     pairs_per_kind: int = 60
     prompt_tokens: int = 48
-    response_tokens: int = 80
-    steps: int = 60
+    response_tokens: int = 64
+    steps: int = 40
     step_prompts: int = 8
     generations: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.5e-4
     kl_weight: float = 0.04
     check_every: int = 10
-    check_prompts: int = 120
+    check_prompts: int = 96
     check_samples: int = 2
-    best_prompts: int = 60
+    best_prompts: int = 48
     best_samples: int = 64
 
     @property

@@ -73,7 +73,7 @@ def main(plan: Path) -> None:
     """Makes what the plan asks for."""
     values = json.loads(plan.read_text("utf-8"))
     sizes, work = Sizes(**values["sizes"]), Work(Path(values["work"]))
-    prompts = _prompts(work)
+    prompts = _prompts(work, sizes.steps * sizes.step_prompts)
     by_seed: dict[int, list[dict[str, Any]]] = {}
     for each in values["pending"]:
         by_seed.setdefault(each["seed"], []).append(each)
@@ -92,11 +92,16 @@ def main(plan: Path) -> None:
             gc.collect()
 
 
-def _prompts(work: Work) -> Prompts:
+def _prompts(work: Work, training: int) -> Prompts:
     values = json.loads(work.prompts.read_text("utf-8"))
     checks = values["checks"]
+    if len(values["training"]) < training:
+        raise UserError(
+            f"{work.prompts} has {len(values['training'])} prompts to train on, and {training} are"
+            " wanted; ask for fewer steps"
+        )
     return Prompts(
-        [row["prompt"] for row in values["training"]],
+        [row["prompt"] for row in values["training"][:training]],
         [row["prompt"] for row in checks],
         [row["truth"] for row in checks],
         [row["set"] for row in checks],
@@ -137,6 +142,8 @@ class Session:
         asked = {
             "samples": self._sizes.best_samples,
             "prompts": self._sizes.best_prompts,
+            "tokens": self._sizes.response_tokens,
+            "training": len(self._prompts.training),
             "policy": self._folder.parent.name,
         }
         if path.is_file():
@@ -180,6 +187,7 @@ class Session:
     def run(self, reward: str, settings: dict[str, Any]) -> Run:
         """Trains the policy against a reward."""
         sizes, work = self._sizes, self._work
+        processor = time.process_time()
         checker = Checker(
             Asked(self._prompts.checks, self._start.checks), self._prompts.truths, self._writer,
             self._policy, sizes,
@@ -200,6 +208,7 @@ class Session:
             "stage_2": stage_facts(work.reward(self._seed, reward))["seconds"],
             "grpo": trained.grpo_seconds,
             "checks": trained.check_seconds,
+            "processor": time.process_time() - processor,
         }
         facts = {
             **self._facts,
@@ -219,12 +228,14 @@ class Session:
 
     def best(self, settings: dict[str, Any]) -> Best:
         """Best of N among what the policy wrote before training."""
-        began = time.perf_counter()
+        began, processor = time.perf_counter(), time.process_time()
         places, texts = self._start.best_places, self._start.best
         prompts = [self._prompts.checks[place] for place in places]
-        golds = [
-            [Chrf(self._prompts.truths[place])(text) for text in some]
-            for place, some in zip(places, texts, strict=True)
+        rules = [Chrf(self._prompts.truths[place]) for place in places]
+        golds = [[rule(text) for text in some] for rule, some in zip(rules, texts, strict=True)]
+        equals = [
+            [rule.at_equal_length(text) for text in some]
+            for rule, some in zip(rules, texts, strict=True)
         ]
         named = [
             [parameters_named(prompt, text) for text in some]
@@ -245,7 +256,11 @@ class Session:
                 for picker, values in zip(pickers[name], rule, strict=True)
             ]
 
-        seconds = {"start": self._start.seconds, "best_of_n": time.perf_counter() - began}
+        seconds = {
+            "start": self._start.seconds,
+            "best_of_n": time.perf_counter() - began,
+            "processor": time.process_time() - processor,
+        }
         return Best(
             settings=settings,
             facts={**self._facts, "date": _now(), "seconds": seconds},
@@ -253,11 +268,10 @@ class Session:
             sets=[self._prompts.sets[place] for place in places],
             sizes=sizes,
             gold={name: _lists(curves(golds, name)) for name in pickers},
+            equal={name: _lists(curves(equals, name)) for name in pickers},
             named={name: _lists(curves(named, name)) for name in pickers},
-            correlation={
-                name: [rank_correlation(a, b) for a, b in zip(picker, golds, strict=True)]
-                for name, picker in pickers.items()
-            },
+            correlation={name: _correlations(pickers[name], golds) for name in pickers},
+            equal_correlation={name: _correlations(pickers[name], equals) for name in pickers},
         )
 
     def _readings(self) -> list[tuple[str, Callable[..., list[float | None]]]]:
@@ -292,6 +306,10 @@ def _scored(
     )
     ends = np.cumsum([0, *counts])
     return [flat[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _correlations(picker: list[list[float]], rule: list[list[float]]) -> list[float | None]:
+    return [rank_correlation(a, b) for a, b in zip(picker, rule, strict=True)]
 
 
 def _lists(curves: Sequence[Floats | None]) -> list[Any]:

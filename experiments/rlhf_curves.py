@@ -75,6 +75,12 @@ def gold_gains(run: Run) -> Floats:
     return np.asarray(means - means[0])
 
 
+def equal_gains(run: Run) -> Floats:
+    """Of mean chrF at equal length over the start at each check, [checks]."""
+    means = np.array([np.mean(check.equal) for check in run.checks])
+    return np.asarray(means - means[0])
+
+
 def proxy_gains(run: Run) -> Floats:
     """Of the reward trained on over the start, [checks], in standard deviations of the start's.
 

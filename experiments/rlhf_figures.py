@@ -10,23 +10,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.rlhf_curves import gold_gains, kl_of, proxy_gains
+from experiments.rlhf_curves import equal_gains, gold_gains, kl_of, proxy_gains
 from experiments.rlhf_results import Best, Run
 from gram_jax.evaluation import Floats
 from gram_jax.figures import COLOURS, DASHES, INK, WIDTH, style
 
 
 def gold_figure(runs: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -> Figure:
-    """The reward that is trained on and the gold rule, both against the root of the KL.
+    """The reward that is trained on and two gold rules, each against the root of the KL.
 
     A faint line for each seed, a strong one for their mean as far as all of them go.
     """
-    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     panels: list[tuple[str, Callable[[Run], Floats]]] = [
         ("gain of the reward, SD", proxy_gains),
         ("gain in chrF (gold)", gold_gains),
+        ("gain in chrF at equal length", equal_gains),
     ]
-    for axes, (ylabel, value) in zip(figure.subplots(1, 2), panels, strict=True):
+    for axes, (ylabel, value) in zip(figure.subplots(1, 3), panels, strict=True):
         for number, (name, of_reward) in enumerate(runs.items()):
             colour, dashes = COLOURS[number], DASHES[number]
             # An estimate of KL may fall from one check to the next; lines go from left to right.
@@ -37,29 +38,26 @@ def gold_figure(runs: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) ->
             axes.plot(x, y, color=colour, linestyle=dashes, linewidth=2.0, label=labels[name])
         style(axes)
         axes.axhline(0.0, color=INK, linewidth=0.7)
-        axes.set_xlabel("root of KL from the start, nats")
+        axes.set_xlabel("root of the KL")
         axes.set_ylabel(ylabel)
     return _finished(figure)
 
 
 def best_figure(best: Sequence[Best], labels: Mapping[str, str]) -> Figure:
-    """Expected gold of the best of N against N, mean over prompts and seeds.
-
-    On the left all pickers, on the right those that do not know the gold rule.
-    """
+    """Expected gold of the best of N against N by two rules, mean over prompts and seeds."""
     figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
-    for panel, axes in enumerate(figure.subplots(1, 2)):
+    rules = {"gold": "chrF of the pick (gold)", "equal": "chrF of the pick at equal length"}
+    for axes, (rule, ylabel) in zip(figure.subplots(1, 2), rules.items(), strict=True):
         for number, (picker, label) in enumerate(labels.items()):
-            if panel and picker == "gold":
-                continue
-            curve = np.concatenate([np.array(one.gold[picker]) for one in best]).mean(axis=0)
+            curves = [np.array(getattr(one, rule)[picker]) for one in best]
+            curve = np.concatenate(curves).mean(axis=0)
             axes.plot(
                 best[0].sizes, curve, label=label, color=COLOURS[number],
                 linestyle=DASHES[number % len(DASHES)], linewidth=1.7, marker="o", markersize=3,
             )  # fmt: skip
         style(axes)
         _log_axis(axes, best[0].sizes)
-        axes.set_ylabel("chrF of the pick (gold)")
+        axes.set_ylabel(ylabel)
     return _finished(figure)
 
 

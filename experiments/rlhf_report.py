@@ -9,7 +9,7 @@ rlhf_gold.svg and rlhf_best_of_n.svg.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +120,9 @@ def _rewards_table(found: Found) -> str:
 
 def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
     header = [
-        "reward", "KL, nats", "steps", "win rate against the start", "gain in chrF",
-        "gain in parameters named", "gain of the reward itself, SD", "characters", "ended",
+        "reward", "KL, nats", "steps", "win rate against the start", "win rate at equal length",
+        "gain in chrF", "gain in parameters named", "gain of the reward itself, SD", "characters",
+        "ended",
     ]  # fmt: skip
     rows = []
     for name, runs in found.runs.items():
@@ -132,6 +133,7 @@ def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
                 _by_seed([p.of(kl_of(r)) for r, p in zip(runs, at, strict=True)], ".2f"),
                 _by_seed([p.of([c.step for c in r.checks]) for r, p in zip(runs, at, strict=True)]),
                 _interval(_pooled(runs, at, _wins)),
+                _interval(_pooled(runs, at, _equal_wins)),
                 _interval(_pooled(runs, at, _gain), signed=True),
                 _interval(_pooled(runs, at, _named_gain), signed=True),
                 _by_seed([_proxy_gain(r, p) for r, p in zip(runs, at, strict=True)], "+.2f"),
@@ -143,7 +145,7 @@ def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
     first = Place(0, 0, 0.0)
     lengths = _by_seed([_mean(run, first, "characters") for run in start])
     ended = _by_seed([_mean(run, first, "finished") for run in start], ".2f")
-    rows.append(["(the start)", "0", "0", "0.500", "0", "0", "0", lengths, ended])
+    rows.append(["(the start)", "0", "0", "0.500", "0.500", "0", "0", "0", lengths, ended])
     return _table(header, rows)
 
 
@@ -154,7 +156,7 @@ def _differences_table(found: Found, places: Mapping[str, Sequence[Place]]) -> s
         ("likelihood", "bradley_terry"), ("judge", "bradley_terry"), ("likelihood", "judge"),
     ):  # fmt: skip
         row = [f"{LABELS[one]} less {LABELS[other]}"]
-        for value in (_wins, _gain):
+        for value in (_wins, _equal_wins, _gain):
             values, clusters = [], list[str]()
             for a, b, p, q in zip(
                 found.runs[one], found.runs[other], places[one], places[other], strict=True
@@ -163,13 +165,19 @@ def _differences_table(found: Found, places: Mapping[str, Sequence[Place]]) -> s
                 clusters += a.prompts
             row.append(_interval(clustered_mean(np.concatenate(values), clusters, seed=0), True))
         rows.append(row)
-    return _table(["rewards", "win rate", "chrF"], rows)
+    return _table(["rewards", "win rate", "win rate at equal length", "chrF"], rows)
 
 
 def _wins(run: Run, place: Place) -> Floats:
     """Against the start, [P]."""
     start = run.checks[0].gold
     return place.of([wins(check.gold, start) for check in run.checks])
+
+
+def _equal_wins(run: Run, place: Place) -> Floats:
+    """By chrF at equal length, [P]."""
+    start = run.checks[0].equal
+    return place.of([wins(check.equal, start) for check in run.checks])
 
 
 def _gain(run: Run, place: Place) -> Floats:
@@ -208,35 +216,50 @@ def _pooled(runs: Sequence[Run], places: Sequence[Place], value: object) -> Inte
 
 def _best_table(best: Sequence[Best]) -> str:
     sizes = best[0].sizes
-    shown = [sizes.index(size) for size in _SHOWN_SIZES if size in sizes]
-    header = ["picked by"]
-    header += [f"gain in chrF, N = {sizes[k]}" for k in shown if k]
-    header += [f"parameters named, N = {sizes[shown[-1]]}", "rank correlation with chrF"]
-    prompts = [prompt for one in best for prompt in one.prompts]
+    shown = [sizes.index(size) for size in _SHOWN_SIZES if size in sizes and size > 1]
+    last = sizes[shown[-1]]
+    header = [
+        "picked by",
+        *(f"gain in chrF, N = {sizes[k]}" for k in shown),
+        f"gain at equal length, N = {last}",
+        f"gain in parameters named, N = {last}",
+        "rank correlation with chrF",
+        "with chrF at equal length",
+    ]
     rows = []
     for picker, label in PICKERS.items():
-        gold = np.concatenate([np.array(one.gold[picker]) for one in best])
-        row = [label]
-        for k in shown:
-            if k:
-                gain = clustered_mean(gold[:, k] - gold[:, 0], prompts, seed=0)
-                row.append(_interval(gain, signed=True))
-        named = [
-            (p, v) for one in best for p, v in zip(one.prompts, one.named[picker], strict=True)
-        ]
-        some = [(prompt, values[shown[-1]] - values[0]) for prompt, values in named if values]
-        gain = clustered_mean(np.array([v for _, v in some]), [p for p, _ in some], seed=0)
-        row.append(_interval(gain, signed=True))
-        known = [
-            (p, v)
-            for one in best
-            for p, v in zip(one.prompts, one.correlation[picker], strict=True)
-            if v is not None
-        ]
-        mean = clustered_mean(np.array([v for _, v in known]), [p for p, _ in known], seed=0)
-        rows.append([*row, _interval(mean, signed=True)])
-    first = np.mean([np.array(one.gold["gold"])[:, 0].mean() for one in best])
-    return _table(header, rows) + f"\n\nOne sample: chrF {first:.3f}."
+        gains = [_best_gain(best, "gold", picker, k) for k in shown]
+        gains += [_best_gain(best, rule, picker, shown[-1]) for rule in ("equal", "named")]
+        gains += [_correlation(best, rule, picker) for rule in ("correlation", "equal_correlation")]
+        rows.append([label, *(_interval(gain, signed=True) for gain in gains)])
+    first, first_equal = (
+        np.mean([np.array(getattr(one, rule)["gold"])[:, 0].mean() for one in best])
+        for rule in ("gold", "equal")
+    )
+    note = f"One sample: chrF {first:.3f}, at equal length {first_equal:.3f}."
+    return f"{_table(header, rows)}\n\n{note}"
+
+
+def _best_gain(best: Sequence[Best], rule: str, picker: str, size: int) -> Interval:
+    """Over a single sample, mean over prompts and seeds; prompts that the rule has no number for
+    are left out."""
+    return _mean_of_known(
+        (prompt, None if curve is None else curve[size] - curve[0])
+        for one in best
+        for prompt, curve in zip(one.prompts, getattr(one, rule)[picker], strict=True)
+    )
+
+
+def _correlation(best: Sequence[Best], rule: str, picker: str) -> Interval:
+    return _mean_of_known(
+        pair for one in best for pair in zip(one.prompts, getattr(one, rule)[picker], strict=True)
+    )
+
+
+def _mean_of_known(pairs: Iterable[tuple[str, float | None]]) -> Interval:
+    known = [(prompt, value) for prompt, value in pairs if value is not None]
+    values = np.array([value for _, value in known])
+    return clustered_mean(values, [prompt for prompt, _ in known], seed=0)
 
 
 def _cost_table(found: Found) -> str:
@@ -249,6 +272,7 @@ def _cost_table(found: Found) -> str:
                 _by_seed([run.facts["seconds"]["stage_2"] for run in runs]),
                 _by_seed([run.facts["seconds"]["grpo"] for run in runs]),
                 _by_seed([run.facts["seconds"]["checks"] for run in runs]),
+                _by_seed([run.facts["seconds"]["processor"] for run in runs]),
             ]
         )
     table = _table(["seconds, by seed", "stage 1", "stage 2", "GRPO", "checks of the policy"], rows)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,7 +70,10 @@ def test_chrf_equals_a_slow_one(text, reference):
     assert Chrf(reference)(text) == pytest.approx(slow_chrf(text, reference), abs=1e-12)
 
 
-def test_chrf_equals_sacrebleu():
+def test_chrf_equals_sacrebleu(monkeypatch):
+    # It comes with lm-evaluation-harness (tests/clients/environments.sh huggingface).
+    for path in Path(sys.prefix, "clients", "huggingface").glob("lib/*/site-packages"):
+        monkeypatch.syspath_prepend(path)
     try:
         from sacrebleu.metrics import CHRF
     except ImportError:
@@ -78,6 +82,18 @@ def test_chrf_equals_sacrebleu():
     for text, reference in itertools.product(TEXTS[:6], TEXTS[:6]):
         found = metric.sentence_score(text, [reference]).score / 100
         assert Chrf(reference)(text) == pytest.approx(found, abs=1e-9)
+
+
+def test_chrf_at_equal_length_compares_beginnings():
+    rule = Chrf("Return the sum of all values.")
+    assert rule.at_equal_length("Return the sum") == pytest.approx(1.0)
+    assert rule("Return the sum") < 0.7
+    longer = "Return the sum of all values. And much else that is not to the point."
+    assert rule.at_equal_length(longer) == pytest.approx(1.0)
+    assert rule.at_equal_length("of all values.") == pytest.approx(
+        slow_chrf("of all values.", "Return the sum")
+    )
+    assert rule.at_equal_length("  ") == 0.0
 
 
 def test_parameters_of_a_prompt():
@@ -176,6 +192,7 @@ def fake_run(seed, reward, sizes=SMALL, prompts=6):
             step=10 * number,
             kl=[kl] * prompts,
             gold=(start + slope * kl).tolist(),
+            equal=(start - slope * kl).tolist(),
             named=[None, *([0.5, 0.1 * number] for _ in range(prompts - 1))],
             proxy=(start * 3 + kl).tolist(),
             characters=[[100 + number, 90]] * prompts,
@@ -183,7 +200,7 @@ def fake_run(seed, reward, sizes=SMALL, prompts=6):
             texts=["Return it."],
         )
 
-    seconds = {"stage_1": 60.0, "stage_2": 30.0, "grpo": 20.0, "checks": 10.0}
+    seconds = {"stage_1": 60.0, "stage_2": 30.0, "grpo": 20.0, "checks": 10.0, "processor": 40.0}
     accuracy = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 100}
     return Run(
         settings=described(sizes, seed, 2, reward),
@@ -203,13 +220,15 @@ def fake_best(seed, sizes=SMALL, prompts=4):
     }
     return Best(
         settings=described(sizes, seed, 2, BEST),
-        facts={"seconds": {"best_of_n": 5.0, "start": 3.0}},
+        facts={"seconds": {"best_of_n": 5.0, "start": 3.0, "processor": 9.0}},
         prompts=[f"f{i}(x)\n" for i in range(prompts)],
         sets=["in", "out"] * (prompts // 2),
         sizes=[1, 2, 4],
         gold=gold,
+        equal=gold,
         named={picker: [None, *values[1:]] for picker, values in gold.items()},
         correlation={picker: [None, 0.1, 0.2, 0.3] for picker in gold},
+        equal_correlation={picker: [None, 0.1, 0.2, 0.2] for picker in gold},
     )
 
 
@@ -261,9 +280,10 @@ def test_the_report_compares_at_a_kl_that_all_runs_reach(results, tmp_path):
     assert likelihood[1] == "3.00, 3.00"
     # Steps: 30 of the first seed, and 3.0 / 1.2 checks of the second.
     assert likelihood[2] == "30, 25"
-    assert likelihood[4].startswith("+0.300") and judge[4].startswith("+0.060")
-    assert head[4].startswith("-0.150")
+    assert likelihood[5].startswith("+0.300") and judge[5].startswith("+0.060")
+    assert head[5].startswith("-0.150")
     assert float(head[3].split()[0]) < 0.5 < float(likelihood[3].split()[0])
+    assert float(likelihood[4].split()[0]) < 0.5 < float(head[4].split()[0])
     assert "likelihood less Bradley-Terry" in tables["differences"]
     assert "+0.450" in tables["differences"]
     for name in ("rlhf_gold.svg", "rlhf_best_of_n.svg"):

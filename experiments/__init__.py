@@ -1,0 +1,1 @@
+"""Experiments on whether a generative reward generalises, and whether it trains a policy."""

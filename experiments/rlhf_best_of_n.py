@@ -56,10 +56,10 @@ def best_of_n_kl(size: int) -> float:
 
 def rank_correlation(reward: ArrayLike, gold: ArrayLike) -> float | None:
     """Spearman's correlation over the samples of a prompt; None where one of them is constant."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (reward, gold)]
-    if any(np.ptp(each) == 0 for each in ranks):
+    a, b = (_ranks(np.asarray(values, np.float64)) for values in (reward, gold))
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _ranks(values: Floats) -> Floats:

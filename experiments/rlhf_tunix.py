@@ -287,8 +287,10 @@ def _reward(work: Work, seed: int, name: str) -> Callable[..., list[float | None
     A likelihood is the mean per token: responses that a policy writes differ in length, unlike
     those of the pairs, and a sum prefers the shortest.
     """
-    settings = {"average": "mean"} if name == "likelihood" else {}
-    return reward_function(work.reward(seed, name), **settings)
+    folder = work.reward(seed, name)
+    if name == "likelihood":
+        return reward_function(folder, average="mean")
+    return reward_function(folder)
 
 
 def _scored(

@@ -2,8 +2,8 @@
 
   python -m experiments.rlhf_report [RESULTS] [FIGURES]
 
-By default experiments/results/rlhf and docs/images. Prints the tables as Markdown, and draws
-rlhf_gold.svg and rlhf_best_of_n.svg.
+By default experiments/results/rlhf and docs/images/experiments. Prints the tables as Markdown, and
+draws rlhf_gold.svg and rlhf_best_of_n.svg.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gram_jax.errors import UserError
 from gram_jax.evaluation import Floats
 
 RESULTS = Path(__file__).parent / "results" / "rlhf"
-FIGURES = Path(__file__).parents[1] / "docs" / "images"
+FIGURES = Path(__file__).parents[1] / "docs" / "images" / "experiments"
 
 LABELS = {"likelihood": "likelihood", "judge": "judge", "bradley_terry": "Bradley-Terry"}
 PICKERS = {
@@ -69,11 +69,32 @@ def read_all(results: Path) -> Found:
     return found
 
 
-def report(results: Path = RESULTS, figures: Path = FIGURES) -> dict[str, str]:
-    """Draws the figures in a folder; returns Markdown tables by name.
+def tables(results: Path = RESULTS) -> dict[str, str]:
+    """Markdown by name.
 
-    ``rewards``: what they get right of held-out pairs. ``equal_kl``, ``differences``: policies at
-    the largest KL that all runs reach. ``ends``: policies at the end. ``best_of_n``. ``cost``.
+    ``rlhf/rewards``: what they get right of held-out pairs. ``rlhf/equal_kl``,
+    ``rlhf/differences``: policies at the largest KL that all runs reach. ``rlhf/ends``: policies at
+    the end of training. ``rlhf/best_of_n``. ``rlhf/cost``.
+
+    Raises:
+      UserError: no seed is complete.
+    """
+    found = read_all(results)
+    places = _equal_places(found)
+    ends = {name: [_end(run) for run in runs] for name, runs in found.runs.items()}
+    made = {
+        "rewards": _rewards_table(found),
+        "equal_kl": _policies_table(found, places),
+        "differences": _differences_table(found, places),
+        "ends": _policies_table(found, ends),
+        "best_of_n": _best_table(found.best),
+        "cost": _cost_table(found),
+    }
+    return {f"rlhf/{name}": f"{text}\n" for name, text in made.items()}
+
+
+def draw(results: Path = RESULTS, figures: Path = FIGURES) -> int:
+    """Draws rlhf_gold.svg and rlhf_best_of_n.svg in a folder; returns how many.
 
     Raises:
       UserError: no seed is complete.
@@ -82,16 +103,7 @@ def report(results: Path = RESULTS, figures: Path = FIGURES) -> dict[str, str]:
     figures.mkdir(parents=True, exist_ok=True)
     save(gold_figure(found.runs, LABELS), figures / "rlhf_gold.svg")
     save(best_figure(found.best, PICKERS), figures / "rlhf_best_of_n.svg")
-    kl, places = _equal_places(found)
-    ends = {name: [_end(run) for run in runs] for name, runs in found.runs.items()}
-    return {
-        "rewards": _rewards_table(found),
-        "equal_kl": f"At a KL of {kl:.2f} nats:\n\n{_policies_table(found, places)}",
-        "differences": _differences_table(found, places),
-        "ends": _policies_table(found, ends),
-        "best_of_n": _best_table(found.best),
-        "cost": _cost_table(found),
-    }
+    return 2
 
 
 def _end(run: Run) -> Place:
@@ -99,11 +111,11 @@ def _end(run: Run) -> Place:
     return Place(last, last, 0.0)
 
 
-def _equal_places(found: Found) -> tuple[float, dict[str, list[Place]]]:
-    """The largest KL that every run reaches, and where each reaches it."""
+def _equal_places(found: Found) -> dict[str, list[Place]]:
+    """Where each run reaches the largest KL that every one reaches."""
     curves = {name: [kl_of(run) for run in runs] for name, runs in found.runs.items()}
     kl = common_kl([curve for of_reward in curves.values() for curve in of_reward])
-    return kl, {name: [place_at(curve, kl) for curve in each] for name, each in curves.items()}
+    return {name: [place_at(curve, kl) for curve in each] for name, each in curves.items()}
 
 
 def _rewards_table(found: Found) -> str:
@@ -299,9 +311,11 @@ def _main() -> None:
     try:
         if len(sys.argv) > 3:
             raise UserError("name at most two folders: python -m experiments.rlhf_report IN OUT")
-        folders = [Path(name) for name in sys.argv[1:]]
-        for name, table in report(*folders).items():
-            print(f"### {name}\n\n{table}\n")
+        given = [Path(name) for name in sys.argv[1:]]
+        results, figures = [*given, *(RESULTS, FIGURES)[len(given) :]]
+        for name, table in tables(results).items():
+            print(f"<!-- {name} -->\n{table}<!-- end -->\n")
+        draw(results, figures)
     except UserError as error:
         distributed.fail(2, f"error: {error}")
 

@@ -38,12 +38,12 @@ class Sizes:
     pairs_per_kind: int = 60
     prompt_tokens: int = 48
     response_tokens: int = 64
-    steps: int = 40
+    steps: int = 20
     step_prompts: int = 8
     generations: int = 8
     learning_rate: float = 1.5e-4
     kl_weight: float = 0.04
-    check_every: int = 10
+    check_every: int = 5
     check_prompts: int = 96
     check_samples: int = 2
     best_prompts: int = 48
@@ -131,11 +131,15 @@ def policy_seed(seed: int, seeds: int) -> int:
     return (seed + 1) % max(seeds, 2)
 
 
+_OF_GRPO = (
+    "steps", "step_prompts", "generations", "learning_rate", "kl_weight", "check_every",
+    "check_samples",
+)  # fmt: skip
+_OF_BEST = ("best_prompts", "best_samples")
+
+
 def described(sizes: Sizes, seed: int, seeds: int, what: str) -> dict[str, Any]:
     """All that decides a result, to be compared with what a file says it was made with."""
-    return {
-        "what": what,
-        "seed": seed,
-        "policy_seed": policy_seed(seed, seeds),
-        **dataclasses.asdict(sizes),
-    }
+    others = _OF_BEST if what in REWARDS else _OF_GRPO
+    decisive = {k: v for k, v in dataclasses.asdict(sizes).items() if k not in others}
+    return {"what": what, "seed": seed, "policy_seed": policy_seed(seed, seeds), **decisive}

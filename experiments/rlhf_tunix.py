@@ -143,12 +143,12 @@ class Session:
             "samples": self._sizes.best_samples,
             "prompts": self._sizes.best_prompts,
             "tokens": self._sizes.response_tokens,
-            "training": len(self._prompts.training),
             "policy": self._folder.parent.name,
         }
         if path.is_file():
             values = json.loads(path.read_text("utf-8"))
-            if values.pop("asked") == asked:
+            enough = len(values["training"]) >= len(self._prompts.training)
+            if values.pop("asked") == asked and enough:
                 return Start(**values)
         began = time.perf_counter()
         half = self._sizes.best_prompts // 2

@@ -258,7 +258,11 @@ def test_what_is_there_with_the_same_settings_is_not_made_again(results):
     left = rlhf.pending(SMALL, 2, results)
     assert [(each.seed, each.what) for each in left] == [(1, "judge")]
     changed = dataclasses.replace(SMALL, learning_rate=1e-3)
-    assert len(rlhf.pending(changed, 2, results)) == 8
+    # Best of N knows nothing of GRPO.
+    assert len(rlhf.pending(changed, 2, results)) == 6
+    changed = dataclasses.replace(SMALL, best_samples=8)
+    assert [each.what for each in rlhf.pending(changed, 2, results)] == [BEST, BEST]
+    assert len(rlhf.pending(dataclasses.replace(SMALL, hidden=64), 2, results)) == 8
     assert not is_done(results / "seed0_judge.json", described(SMALL, 0, 3, "likelihood"))
 
 
@@ -269,37 +273,36 @@ def test_a_damaged_result_says_which_file(results):
         rlhf.pending(SMALL, 2, results)
 
 
-def test_the_report_compares_at_a_kl_that_all_runs_reach(results, tmp_path):
-    tables = rlhf_report.report(results, tmp_path / "figures")
-    # The first seed reaches 3.0 nats, the second 3.6.
-    assert tables["equal_kl"].startswith("At a KL of 3.00 nats:")
-    rows = {line.split(" | ")[0]: line.split(" | ") for line in tables["equal_kl"].splitlines()}
+def test_the_report_compares_at_a_kl_that_all_runs_reach(results):
+    tables = rlhf_report.tables(results)
+    lines = tables["rlhf/equal_kl"].splitlines()
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in lines}
     likelihood, judge, head = (
         rows[f"| {name}"] for name in ("likelihood", "judge", "Bradley-Terry")
     )
-    assert likelihood[1] == "3.00, 3.00"
+    # The first seed reaches 3.0 nats, the second 3.6.
+    assert likelihood[1] == judge[1] == head[1] == "3.00, 3.00"
     # Steps: 30 of the first seed, and 3.0 / 1.2 checks of the second.
     assert likelihood[2] == "30, 25"
     assert likelihood[5].startswith("+0.300") and judge[5].startswith("+0.060")
     assert head[5].startswith("-0.150")
     assert float(head[3].split()[0]) < 0.5 < float(likelihood[3].split()[0])
     assert float(likelihood[4].split()[0]) < 0.5 < float(head[4].split()[0])
-    assert "likelihood less Bradley-Terry" in tables["differences"]
-    assert "+0.450" in tables["differences"]
-    for name in ("rlhf_gold.svg", "rlhf_best_of_n.svg"):
-        assert (tmp_path / "figures" / name).read_text().startswith("<?xml")
+    assert "likelihood less Bradley-Terry" in tables["rlhf/differences"]
+    assert "+0.450" in tables["rlhf/differences"]
 
 
-def test_the_report_is_the_same_twice(results, tmp_path):
-    tables = [rlhf_report.report(results, tmp_path / name) for name in ("a", "b")]
-    assert tables[0] == tables[1]
+def test_figures_are_the_same_twice(results, tmp_path):
+    for name in ("a", "b"):
+        assert rlhf_report.draw(results, tmp_path / name) == 2
     for name in ("rlhf_gold.svg", "rlhf_best_of_n.svg"):
+        assert (tmp_path / "a" / name).read_text().startswith("<?xml")
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_report_of_nothing_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match=r"python -m experiments\.rlhf"):
-        rlhf_report.report(tmp_path, tmp_path)
+        rlhf_report.tables(tmp_path)
 
 
 def test_the_rewards_own_gain_is_in_deviations_among_samples_of_a_prompt():

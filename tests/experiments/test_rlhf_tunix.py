@@ -94,6 +94,7 @@ def test_a_second_time_there_is_nothing_left_to_do_and_a_lost_result_is_made_aga
 
 
 def test_the_report_reads_them(made, tmp_path):
-    tables = rlhf_report.report(made[0] / "results", tmp_path)
-    assert tables["equal_kl"].startswith("At a KL of ")
+    tables = rlhf_report.tables(made[0] / "results")
+    assert "| judge | " in tables["rlhf/equal_kl"]
+    rlhf_report.draw(made[0] / "results", tmp_path)
     assert (tmp_path / "rlhf_gold.svg").stat().st_size > 1000

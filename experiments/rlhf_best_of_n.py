@@ -62,6 +62,12 @@ def rank_correlation(reward: ArrayLike, gold: ArrayLike) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
+def partial_correlation(ab: float, ac: float, bc: float) -> float | None:
+    """Of a and b where c is held fixed, from the three correlations; None where c decides one."""
+    rest = (1 - ac**2) * (1 - bc**2)
+    return (ab - ac * bc) / math.sqrt(rest) if rest > 1e-9 else None
+
+
 def _ranks(values: Floats) -> Floats:
     """Ranks from 0, equal values sharing the mean of theirs."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.rlhf_best_of_n import best_of_n_kl, partial_correlation
 from experiments.rlhf_curves import Place, common_kl, kl_of, place_at, proxy_gains, wins
 from experiments.rlhf_figures import best_figure, gold_figure, save
 from experiments.rlhf_results import BEST, Best, Check, Run, read_best, read_run, run_path
@@ -232,18 +233,20 @@ def _best_table(best: Sequence[Best]) -> str:
     last = sizes[shown[-1]]
     header = [
         "picked by",
-        *(f"gain in chrF, N = {sizes[k]}" for k in shown),
+        *(f"gain in chrF, N = {sizes[k]} ({best_of_n_kl(sizes[k]):.1f} nats)" for k in shown),
         f"gain at equal length, N = {last}",
         f"gain in parameters named, N = {last}",
         "rank correlation with chrF",
-        "with chrF at equal length",
+        "with length",
+        "with chrF, length held fixed",
     ]
     rows = []
     for picker, label in PICKERS.items():
         gains = [_best_gain(best, "gold", picker, k) for k in shown]
         gains += [_best_gain(best, rule, picker, shown[-1]) for rule in ("equal", "named")]
-        gains += [_correlation(best, rule, picker) for rule in ("correlation", "equal_correlation")]
-        rows.append([label, *(_interval(gain, signed=True) for gain in gains)])
+        cells = [_interval(gain, signed=True) for gain in gains]
+        cells += [_correlation(best, rule, picker) for rule in _CORRELATIONS]
+        rows.append([label, *cells])
     first, first_equal = (
         np.mean([np.array(getattr(one, rule)["gold"])[:, 0].mean() for one in best])
         for rule in ("gold", "equal")
@@ -262,10 +265,37 @@ def _best_gain(best: Sequence[Best], rule: str, picker: str, size: int) -> Inter
     )
 
 
-def _correlation(best: Sequence[Best], rule: str, picker: str) -> Interval:
-    return _mean_of_known(
-        pair for one in best for pair in zip(one.prompts, getattr(one, rule)[picker], strict=True)
-    )
+_CORRELATIONS = ("correlation", "length_correlation", "partial")
+_KNOWN_BEFOREHAND = {
+    ("gold", "correlation"), ("gold", "partial"), ("longest", "length_correlation"),
+    ("longest", "partial"),
+}  # fmt: skip
+
+
+def _correlation(best: Sequence[Best], rule: str, picker: str) -> str:
+    """Mean over prompts and seeds; an empty cell where it is known beforehand."""
+    if (picker, rule) in _KNOWN_BEFOREHAND:
+        return ""
+    pairs = [
+        pair
+        for one in best
+        for pair in zip(one.prompts, _of_prompts(one, rule, picker), strict=True)
+    ]
+    return _interval(_mean_of_known(pairs), signed=True)
+
+
+def _of_prompts(one: Best, rule: str, picker: str) -> list[float | None]:
+    if rule != "partial":
+        found: list[float | None] = getattr(one, rule)[picker]
+        return found
+    partial: list[float | None] = []
+    for a, c, bc in zip(
+        one.correlation[picker], one.length_correlation[picker], one.correlation["longest"],
+        strict=True,
+    ):  # fmt: skip
+        unknown = a is None or c is None or bc is None
+        partial.append(None if unknown else partial_correlation(a, c, bc))  # type: ignore[arg-type]
+    return partial
 
 
 def _mean_of_known(pairs: Iterable[tuple[str, float | None]]) -> Interval:
@@ -287,7 +317,11 @@ def _cost_table(found: Found) -> str:
                 _by_seed([run.facts["seconds"]["processor"] for run in runs]),
             ]
         )
-    table = _table(["seconds, by seed", "stage 1", "stage 2", "GRPO", "checks of the policy"], rows)
+    header = [
+        "seconds, by seed", "stage 1", "stage 2", "GRPO", "checks of the policy",
+        "processor, of both",
+    ]  # fmt: skip
+    table = _table(header, rows)
     best = _by_seed([one.facts["seconds"]["best_of_n"] for one in found.best])
     start = _by_seed([one.facts["seconds"]["start"] for one in found.best])
     return f"{table}\n\nSamples of the start: {start} s; rewards and gold of best of N: {best} s."

@@ -70,8 +70,8 @@ class Best:
       sizes: N.
       gold, equal, named: by picker, [P][len(sizes)], the expected rule of the pick; of prompts
         without parameters ``named`` is None.
-      correlation, equal_correlation: by picker, [P], of its numbers with chrF, and with chrF at
-        equal length, over the samples of a prompt.
+      correlation, equal_correlation, length_correlation: by picker, [P], of its numbers with chrF,
+        with chrF at equal length and with the length, over the samples of a prompt.
     """
 
     settings: dict[str, Any]
@@ -84,6 +84,7 @@ class Best:
     named: dict[str, list[list[float] | None]]
     correlation: dict[str, list[float | None]]
     equal_correlation: dict[str, list[float | None]]
+    length_correlation: dict[str, list[float | None]]
 
 
 def run_path(results: Path, seed: int, what: str) -> Path:

@@ -272,6 +272,9 @@ class Session:
             named={name: _lists(curves(named, name)) for name in pickers},
             correlation={name: _correlations(pickers[name], golds) for name in pickers},
             equal_correlation={name: _correlations(pickers[name], equals) for name in pickers},
+            length_correlation={
+                name: _correlations(pickers[name], pickers["longest"]) for name in pickers
+            },
         )
 
     def _readings(self) -> list[tuple[str, Callable[..., list[float | None]]]]:

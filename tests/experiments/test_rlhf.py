@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from experiments import rlhf, rlhf_report, rlhf_results
-from experiments.rlhf_best_of_n import best_of_n, best_of_n_kl, rank_correlation
+from experiments.rlhf_best_of_n import (
+    best_of_n,
+    best_of_n_kl,
+    partial_correlation,
+    rank_correlation,
+)
 from experiments.rlhf_curves import common_kl, kl_of, place_at, proxy_gains, wins
 from experiments.rlhf_gold import Chrf, parameters, parameters_named
 from experiments.rlhf_results import BEST, Best, Check, Run, is_done, run_path, write
@@ -149,6 +154,16 @@ def test_rank_correlation():
     assert rank_correlation([1, 1, 5], [3, 4, 9]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
 
 
+def test_partial_correlation_is_that_of_what_is_left_over():
+    rng = np.random.default_rng(0)
+    c = rng.normal(size=50)
+    a, b = c + rng.normal(size=50), -2 * c + rng.normal(size=50)
+    left = [x - np.polyval(np.polyfit(c, x, 1), c) for x in (a, b)]
+    three = [np.corrcoef(*pair)[0, 1] for pair in ((a, b), (a, c), (b, c))]
+    assert partial_correlation(*three) == pytest.approx(np.corrcoef(*left)[0, 1])
+    assert partial_correlation(0.5, 1.0, 0.5) is None
+
+
 def test_wins_compare_each_with_each():
     found = wins([[1.0, 3.0], [2.0, 2.0]], [[2.0, 0.0], [2.0, 2.0]])
     assert found == pytest.approx([3 / 4, 0.5])
@@ -229,6 +244,7 @@ def fake_best(seed, sizes=SMALL, prompts=4):
         named={picker: [None, *values[1:]] for picker, values in gold.items()},
         correlation={picker: [None, 0.1, 0.2, 0.3] for picker in gold},
         equal_correlation={picker: [None, 0.1, 0.2, 0.2] for picker in gold},
+        length_correlation={picker: [None, 0.5, 0.5, 0.5] for picker in gold},
     )
 
 

@@ -53,21 +53,23 @@ class Found(NamedTuple):
 
 
 def read_all(results: Path) -> Found:
-    """Reads the seeds that are complete.
+    """Reads the seeds that are complete: of the runs, those with all rewards.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none of the runs, or none of best of N.
     """
-    found = Found({name: [] for name in REWARDS}, [])
-    seed = 0
-    while all(run_path(results, seed, what).is_file() for what in (*REWARDS, BEST)):
-        for name in REWARDS:
-            found.runs[name].append(read_run(run_path(results, seed, name)))
-        found.best.append(read_best(run_path(results, seed, BEST)))
-        seed += 1
-    if not found.best:
+    runs: dict[str, list[Run]] = {name: [] for name in REWARDS}
+    best = []
+    seeds = sorted(int(path.name[4:].split("_")[0]) for path in results.glob(f"seed*_{BEST}.json"))
+    for seed in seeds:
+        best.append(read_best(run_path(results, seed, BEST)))
+        paths = [run_path(results, seed, name) for name in REWARDS]
+        if all(path.is_file() for path in paths):
+            for name, path in zip(REWARDS, paths, strict=True):
+                runs[name].append(read_run(path))
+    if not all(runs.values()):
         raise UserError(f"{results}: no seed is complete here; run python -m experiments.rlhf")
-    return found
+    return Found(runs, best)
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
@@ -133,7 +135,8 @@ def _rewards_table(found: Found) -> str:
 
 def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
     header = [
-        "reward", "KL, nats", "steps", "win rate against the start", "win rate at equal length",
+        "reward", "KL, nats", "steps", "win rate against the start", "by seed",
+        "win rate at equal length",
         "gain in chrF", "gain in parameters named", "gain of the reward itself, SD", "characters",
         "ended",
     ]  # fmt: skip
@@ -146,6 +149,7 @@ def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
                 _by_seed([p.of(kl_of(r)) for r, p in zip(runs, at, strict=True)], ".2f"),
                 _by_seed([p.of([c.step for c in r.checks]) for r, p in zip(runs, at, strict=True)]),
                 _interval(_pooled(runs, at, _wins)),
+                _by_seed([_wins(r, p).mean() for r, p in zip(runs, at, strict=True)], ".3f"),
                 _interval(_pooled(runs, at, _equal_wins)),
                 _interval(_pooled(runs, at, _gain), signed=True),
                 _interval(_pooled(runs, at, _named_gain), signed=True),
@@ -158,7 +162,7 @@ def _policies_table(found: Found, places: Mapping[str, Sequence[Place]]) -> str:
     first = Place(0, 0, 0.0)
     lengths = _by_seed([_mean(run, first, "characters") for run in start])
     ended = _by_seed([_mean(run, first, "finished") for run in start], ".2f")
-    rows.append(["(the start)", "0", "0", "0.500", "0.500", "0", "0", "0", lengths, ended])
+    rows.append(["(the start)", "0", "0", "0.500", "", "0.500", "0", "0", "0", lengths, ended])
     return _table(header, rows)
 
 

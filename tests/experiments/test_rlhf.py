@@ -300,10 +300,12 @@ def test_the_report_compares_at_a_kl_that_all_runs_reach(results):
     assert likelihood[1] == judge[1] == head[1] == "3.00, 3.00"
     # Steps: 30 of the first seed, and 3.0 / 1.2 checks of the second.
     assert likelihood[2] == "30, 25"
-    assert likelihood[5].startswith("+0.300") and judge[5].startswith("+0.060")
-    assert head[5].startswith("-0.150")
+    assert likelihood[6].startswith("+0.300") and judge[6].startswith("+0.060")
+    assert head[6].startswith("-0.150")
     assert float(head[3].split()[0]) < 0.5 < float(likelihood[3].split()[0])
-    assert float(likelihood[4].split()[0]) < 0.5 < float(head[4].split()[0])
+    by_seed = [float(value) for value in likelihood[4].split(", ")]
+    assert float(likelihood[3].split()[0]) == pytest.approx(sum(by_seed) / 2, abs=1e-3)
+    assert float(likelihood[5].split()[0]) < 0.5 < float(head[5].split()[0])
     assert "likelihood less Bradley-Terry" in tables["rlhf/differences"]
     assert "+0.450" in tables["rlhf/differences"]
 

@@ -10,7 +10,7 @@ reward; --config.train.head_only=True trains it alone, on a frozen trunk, and
 --config.objective.chosen_ce=0.01 adds the text-generation regulariser.
 
 Hardware: CPU.
-Time and result: docs/results.md.
+Time and result: docs/single_runs.md.
 """
 
 from gram_jax.config import (

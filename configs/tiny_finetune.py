@@ -10,7 +10,7 @@ Responses of very different lengths have very different sums of log-probs, so th
 mean per token; beta = 5 brings its differences, some tenths of a nat, to the scale of the loss.
 
 Hardware: CPU.
-Time and result: docs/results.md.
+Time and result: docs/single_runs.md.
 """
 
 from gram_jax.config import (

@@ -10,7 +10,7 @@ orders, and answers A or B; the loss is on that one token. What does not fit 1,0
 from both responses alike.
 
 Hardware: CPU.
-Time and result: docs/results.md.
+Time and result: docs/single_runs.md.
 """
 
 from gram_jax.config import (

@@ -8,7 +8,7 @@ DATA is a folder with text/train.jsonl.gz and text/validation.jsonl.gz (rows {"t
 first command makes a tokenizer of 8192 entries. tiny_responses.py goes on from here.
 
 Hardware: CPU.
-Time and result: docs/results.md.
+Time and result: docs/single_runs.md.
 """
 
 from gram_jax.config import (

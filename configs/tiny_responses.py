@@ -7,7 +7,7 @@ text/validation.jsonl.gz. The loss is on the responses' tokens, a prompt is comp
 its responses; one row in ten is of text (DATA/text/train.jsonl.gz), so that it is not forgotten.
 
 Hardware: CPU.
-Time and result: docs/results.md.
+Time and result: docs/single_runs.md.
 """
 
 from gram_jax.config import (

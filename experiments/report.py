@@ -19,6 +19,7 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments import rlhf_report
 from experiments.factor_figure import factor_figure
 from experiments.factor_table import factor_table, levels_of, overview
 from experiments.results import RESULTS, all_runs, read_sets
@@ -28,6 +29,7 @@ from gram_jax.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGES = "images/experiments"
+RLHF = "rlhf"
 
 _PAGE = flags.DEFINE_string("page", str(DOCS / "results.md"), "Page whose tables are filled in.")
 _RESULTS = flags.DEFINE_string("results", str(RESULTS), "Folder of the runs.")
@@ -63,11 +65,13 @@ def tables(folder: Path) -> dict[str, str]:
             levels = levels_of(folder / task, factor)
             if levels:
                 found[f"{task}/{name}"] = factor_table(factor, levels, sets)
+    if (folder / RLHF).is_dir():
+        found |= rlhf_report.tables(folder / RLHF)
     return found
 
 
 def draw(folder: Path, images: Path) -> int:
-    """Draws a figure per task and factor; returns how many."""
+    """Draws a figure per task and factor, and those of policies; returns how many."""
     images.mkdir(parents=True, exist_ok=True)
     drawn = 0
     for task in _tasks(folder):
@@ -79,6 +83,8 @@ def draw(folder: Path, images: Path) -> int:
                 # Without a date, the same runs give the same file.
                 figure.savefig(images / f"{task}_{name}.svg", metadata={"Date": None})
                 drawn += 1
+    if (folder / RLHF).is_dir():
+        drawn += rlhf_report.draw(folder / RLHF, images)
     return drawn
 
 

@@ -11,7 +11,7 @@ it is like the object's own docstring (chrF). The same rule judges what each rew
 samples of the untrained policy.
 
 A run that is in RESULTS with the same settings is not made again, and a stopped one goes on. Tables
-and figures: python -m experiments.rlhf_report.
+and figures: python -m experiments.report.
 """
 
 from __future__ import annotations

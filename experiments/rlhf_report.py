@@ -1,14 +1,10 @@
 """Tables and figures of `experiments.rlhf`, from the JSON files of its runs.
 
-  python -m experiments.rlhf_report [RESULTS] [FIGURES]
-
-By default experiments/results/rlhf and docs/images/experiments. Prints the tables as Markdown, and
-draws rlhf_gold.svg and rlhf_best_of_n.svg.
+`experiments.report` puts them into docs/results.md.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +16,6 @@ from experiments.rlhf_curves import Place, common_kl, kl_of, place_at, proxy_gai
 from experiments.rlhf_figures import best_figure, gold_figure, save
 from experiments.rlhf_results import BEST, Best, Check, Run, read_best, read_run, run_path
 from experiments.rlhf_settings import REWARDS
-from gram_jax import distributed
 from gram_jax.bootstrap import Interval, clustered_mean
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Floats
@@ -343,20 +338,3 @@ def _interval(value: Interval, signed: bool = False) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _main() -> None:
-    try:
-        if len(sys.argv) > 3:
-            raise UserError("name at most two folders: python -m experiments.rlhf_report IN OUT")
-        given = [Path(name) for name in sys.argv[1:]]
-        results, figures = [*given, *(RESULTS, FIGURES)[len(given) :]]
-        for name, table in tables(results).items():
-            print(f"<!-- {name} -->\n{table}<!-- end -->\n")
-        draw(results, figures)
-    except UserError as error:
-        distributed.fail(2, f"error: {error}")
-
-
-if __name__ == "__main__":
-    _main()

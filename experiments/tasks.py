@@ -121,7 +121,7 @@ def make_task(name: str, scale: Scale, folder: Path, data: str) -> Task:
     if name == "preferences" and not Path(data, "preferences").is_dir():
         raise UserError(
             f"--data={data!r} has no folder preferences; name the folder with text/, responses/,"
-            " preferences/ and eval/ (docs/results.md says what is in them)"
+            " preferences/ and eval/ (docs/single_runs.md says what is in them)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "task.json"

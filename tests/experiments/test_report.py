@@ -7,7 +7,7 @@ import pytest
 
 from experiments.factor_figure import factor_figure
 from experiments.factor_table import cell, factor_table, levels_of, longer, overview
-from experiments.report import filled, tables
+from experiments.page import filled, tables
 from experiments.results import RESULTS, HeldOut, digits, outcomes
 from experiments.settings import ALL, BASE, FACTORS, settings_of
 from gram_jax.errors import UserError

@@ -1,0 +1,71 @@
+"""The tables and figures of all experiments, and the page that shows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments import rlhf_report
+from experiments.factor_figure import factor_figure
+from experiments.factor_table import factor_table, levels_of, overview
+from experiments.results import all_runs, read_sets
+from experiments.settings import FACTORS
+from gram_jax.errors import UserError
+
+RLHF = "rlhf"
+"""The folder of `experiments.rlhf`, among those of tasks."""
+_BLOCK = re.compile(r"(<!-- (?P<name>[\w/+-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """All tables as Markdown, by name."""
+    found = {}
+    for task in _tasks(folder):
+        sets = read_sets(folder / task)
+        found[f"{task}/overview"] = overview(list(all_runs(folder / task)), sets)
+        for name, factor in FACTORS.items():
+            levels = levels_of(folder / task, factor)
+            if levels:
+                found[f"{task}/{name}"] = factor_table(factor, levels, sets)
+    if (folder / RLHF).is_dir():
+        found |= rlhf_report.tables(folder / RLHF)
+    return found
+
+
+def draw(folder: Path, images: Path) -> int:
+    """Draws a figure per task and factor, and those of policies; returns how many."""
+    images.mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for task in _tasks(folder):
+        sets = read_sets(folder / task)
+        for name, factor in FACTORS.items():
+            levels = levels_of(folder / task, factor)
+            if levels:
+                figure = factor_figure(factor, levels, sets)
+                # Without a date, the same runs give the same file.
+                figure.savefig(images / f"{task}_{name}.svg", metadata={"Date": None})
+                drawn += 1
+    if (folder / RLHF).is_dir():
+        drawn += rlhf_report.draw(folder / RLHF, images)
+    return drawn
+
+
+def filled(page: str, found: Mapping[str, str]) -> str:
+    """The page with its tables.
+
+    Raises:
+      UserError: the page asks for a table that there is not.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in found:
+            raise UserError(f"the page has <!-- {name} -->, of which there are no runs")
+        return f"{match[1]}{found[name]}{match[3]}"
+
+    return _BLOCK.sub(block, page)
+
+
+def _tasks(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/sets.json"))

@@ -270,9 +270,6 @@ def test_a_result_is_read_as_it_was_written(results):
 
 def test_what_is_there_with_the_same_settings_is_not_made_again(results):
     assert rlhf.pending(SMALL, 2, results) == []
-    run_path(results, 1, "judge").unlink()
-    left = rlhf.pending(SMALL, 2, results)
-    assert [(each.seed, each.what) for each in left] == [(1, "judge")]
     changed = dataclasses.replace(SMALL, learning_rate=1e-3)
     # Best of N knows nothing of GRPO.
     assert len(rlhf.pending(changed, 2, results)) == 6
@@ -280,6 +277,9 @@ def test_what_is_there_with_the_same_settings_is_not_made_again(results):
     assert [each.what for each in rlhf.pending(changed, 2, results)] == [BEST, BEST]
     assert len(rlhf.pending(dataclasses.replace(SMALL, hidden=64), 2, results)) == 8
     assert not is_done(results / "seed0_judge.json", described(SMALL, 0, 3, "likelihood"))
+    run_path(results, 1, "judge").unlink()
+    left = rlhf.pending(SMALL, 2, results)
+    assert [(each.seed, each.what) for each in left] == [(1, "judge")]
 
 
 def test_a_damaged_result_says_which_file(results):

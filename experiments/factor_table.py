@@ -112,6 +112,21 @@ def overview(runs: Sequence[Run], sets: Mapping[str, HeldOut]) -> str:
     return "\n".join([_row(["", ""]), _row(["---"] * 2), *map(_row, rows)]) + "\n"
 
 
+def training_table(runs: Sequence[Run]) -> str:
+    """Markdown: what stage 2 ended with on its own last batch, a row per setting, by seed."""
+    names = ("ranking_loss", "accuracy", "margin")
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if "stage 2" in run["training"]:
+            found.setdefault(Setting(**run["setting"]).name, []).append(run["training"]["stage 2"])
+    head = ["setting", "steps", "ranking loss", "accuracy", "mean D"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for setting, stages in found.items():
+        cells = [", ".join(f"{one['metrics'][name]:.3f}" for one in stages) for name in names]
+        lines.append(_row([setting, ", ".join(str(one["steps"]) for one in stages), *cells]))
+    return "\n".join(lines) + "\n"
+
+
 def _seconds(runs: Sequence[Run]) -> float:
     """Of all stages and evaluations; a stage 1 that runs share counts once."""
     shared = {_key(run): run["training"] for run in runs}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments import rlhf_report
 from experiments.factor_figure import factor_figure
-from experiments.factor_table import factor_table, levels_of, overview
+from experiments.factor_table import factor_table, levels_of, overview, training_table
 from experiments.results import all_runs, read_sets
 from experiments.settings import FACTORS
 from gram_jax.errors import UserError
@@ -23,7 +23,9 @@ def tables(folder: Path) -> dict[str, str]:
     found = {}
     for task in _tasks(folder):
         sets = read_sets(folder / task)
-        found[f"{task}/overview"] = overview(list(all_runs(folder / task)), sets)
+        runs = list(all_runs(folder / task))
+        found[f"{task}/overview"] = overview(runs, sets)
+        found[f"{task}/training"] = training_table(runs)
         for name, factor in FACTORS.items():
             levels = levels_of(folder / task, factor)
             if levels:

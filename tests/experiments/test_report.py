@@ -23,7 +23,11 @@ def run(setting, seed, text):
         "sets": {"in": {"outcomes": text, "accuracy": float(outcomes(text).mean())}},
         "training": {
             "stage 1, text": {"wall_seconds": 60.0},
-            "stage 2": {"wall_seconds": 30.0},
+            "stage 2": {
+                "wall_seconds": 30.0,
+                "steps": 9,
+                "metrics": {"ranking_loss": 0.5 + seed, "accuracy": 0.75, "margin": 0.25},
+            },
         },
         "evaluation_seconds": 6.0,
         "versions": {"gram_jax": "1"},
@@ -95,7 +99,8 @@ def test_the_figure_has_a_panel_per_set_and_a_row_per_level(kept):
 
 def test_a_page_is_filled_between_its_marks_and_nowhere_else(kept):
     found = tables(kept)
-    assert set(found) == {"task/overview", "task/pairs"}
+    assert set(found) == {"task/overview", "task/pairs", "task/training"}
+    assert "| base | 9, 9 | 0.500, 1.500 | 0.750, 0.750 | 0.250, 0.250 |" in found["task/training"]
     page = "# T\n<!-- task/pairs -->\nold\n<!-- end -->\nprose\n"
     after = filled(page, found)
     assert after == f"# T\n<!-- task/pairs -->\n{found['task/pairs']}<!-- end -->\nprose\n"

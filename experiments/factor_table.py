@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from experiments.results import HeldOut, outcomes, read_runs, stacked
 from experiments.settings import BASE, Factor, Setting
 from gram_jax.bootstrap import Interval, clustered_mean
@@ -92,8 +94,27 @@ def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, Hel
     return "\n".join(lines) + "\n"
 
 
-def overview(runs: Sequence[Run], sets: Mapping[str, HeldOut]) -> str:
-    """Markdown: what was run, on what, and what it cost."""
+def subset_table(levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
+    """Markdown: a row per subset of each set, with the accuracy at each level."""
+    labels = [f"**{one.label}**" if one.setting == BASE else one.label for one in levels]
+    head = ["set", "subset", "pairs", *labels, "longer wins"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for name, held_out in sets.items():
+        for subset in sorted(set(held_out.subsets)):
+            chosen = np.array([one == subset for one in held_out.subsets])
+            prompts = np.array(held_out.prompts)[chosen]
+            found = [
+                stacked([level.runs[seed] for seed in sorted(level.runs)], name)[:, chosen]
+                for level in levels
+            ]
+            found.append(outcomes(held_out.longer)[None, chosen])
+            means = [_interval(clustered_mean(one.mean(axis=0), prompts, seed=0)) for one in found]
+            lines.append(_row([name, subset, str(chosen.sum()), *means]))
+    return "\n".join(lines) + "\n"
+
+
+def overview(runs: Sequence[Run], sets: Mapping[str, HeldOut], left_out: Mapping[str, int]) -> str:
+    """Markdown: what was run, on what, what was too long for it, and what it cost."""
     dates = sorted({run["time"][:10] for run in runs})
     seeds = sorted({run["seed"] for run in runs})
     parameters = sorted({run["parameters"] for run in runs})
@@ -105,6 +126,7 @@ def overview(runs: Sequence[Run], sets: Mapping[str, HeldOut]) -> str:
         ("runs", f"{len(runs)}, of seeds {', '.join(map(str, seeds))}"),
         ("parameters", ", ".join(f"{n:,}" for n in parameters)),
         ("held-out pairs", "; ".join(pairs)),
+        *([("left out as too long", _counts(left_out))] if left_out else []),
         ("cost", f"{_seconds(runs) / 60:.0f} core-minutes"),
         ("dates", " to ".join(dict.fromkeys((dates[0], dates[-1])))),
         ("versions", ", ".join(f"{k} {v}" for k, v in runs[0]["versions"].items())),
@@ -144,6 +166,10 @@ def _key(run: Run) -> tuple[Any, ...]:
     """Runs of one key share their stage 1."""
     setting = run["setting"]
     return (run["seed"], setting["stage_1"], setting["tokens"], setting["width"])
+
+
+def _counts(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in rows.items())
 
 
 def _interval(found: Interval, sign: str = "") -> str:

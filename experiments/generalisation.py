@@ -1,6 +1,7 @@
 """Does a generative reward model generalise? Trains and evaluates it, one factor at a time.
 
   python -m experiments.generalisation --task=docstrings
+  python -m experiments.generalisation --task=docstrings --scale=labels --level=judge
   python -m experiments.generalisation --task=preferences --data=DATA
 
 Each factor changes one thing of a base (experiments/settings.py): stage 1, label smoothing,
@@ -9,8 +10,9 @@ seed, in --workers processes of one core each. What a run gave is kept in experi
 and a run that is there is not repeated; one that was interrupted goes on from its checkpoint.
 Tables and figures are made of these files by `python -m experiments.report`.
 
---scale=gpu is the same at 120 million parameters, with all text and all pairs, for a machine with
-an accelerator (--workers=1 there); its results go to TASK-gpu.
+--scale=labels reads all labelled pairs of the docstring task instead of 2,000. --scale=gpu is the
+same at 120 million parameters, with all text and all pairs, for a machine with an accelerator
+(--workers=1 there). Their results go to TASK-labels and TASK-gpu.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ from tqdm import tqdm
 
 from experiments import results, training
 from experiments.settings import FACTORS, Setting, settings_of
-from experiments.tasks import SCALES, SMOKE, TASKS, Task, make_task
+from experiments.tasks import SCALES, SMOKE, TASKS, Scale, Task, make_task
 from gram_jax import entry
 from gram_jax.errors import UserError
 
 _TASK = flags.DEFINE_enum("task", "docstrings", TASKS, "Data set.")
 _DATA = flags.DEFINE_string("data", "", "Folder of the data set preferences.")
 _FACTORS = flags.DEFINE_list("factors", list(FACTORS), "What to vary; the base is always run.")
+_LEVELS = flags.DEFINE_multi_string(
+    "level", [], "Levels of these factors to run, by their label in the tables; none means all."
+)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each setting.")
 _SCALE = flags.DEFINE_enum(
-    "scale", "cpu", ["cpu", "gpu", "smoke"], "How large models and data are; smoke: a minute, no"
-    " meaning.",
+    "scale", "cpu", ["cpu", "labels", "gpu", "smoke"], "How large models and data are; smoke: a"
+    " minute, no meaning.",
 )  # fmt: skip
 _WORKERS = flags.DEFINE_integer("workers", 2, "Runs at once, each a process on a core of its own.")
 _WORK = flags.DEFINE_string("work", "runs/experiments", "Where data and checkpoints go.")
@@ -47,8 +52,8 @@ _RESULTS = flags.DEFINE_string("results", str(results.RESULTS), "Where what is k
 
 
 def main(_: list[str]) -> None:
-    settings, seeds = settings_of(_factors()), [int(seed) for seed in _SEEDS.value]
-    scale = SMOKE if _SCALE.value == "smoke" else SCALES[_TASK.value][_SCALE.value]
+    settings, seeds = _settings(), [int(seed) for seed in _SEEDS.value]
+    scale = _scale()
     name = _TASK.value if _SCALE.value == "cpu" else f"{_TASK.value}-{_SCALE.value}"
     work, kept = Path(_WORK.value) / name, Path(_RESULTS.value) / name
     task = make_task(_TASK.value, scale, work / "data", _DATA.value)
@@ -67,11 +72,25 @@ def main(_: list[str]) -> None:
         _each(pool, "stage 2 and evaluation", _run, [(task, *one, work, kept) for one in missing])
 
 
-def _factors() -> list[str]:
-    unknown = [name for name in _FACTORS.value if name not in FACTORS]
+def _settings() -> list[Setting]:
+    factors, levels = _FACTORS.value, _LEVELS.value
+    unknown = [name for name in factors if name not in FACTORS]
     if unknown:
         raise UserError(f"--factors={unknown[0]}: there are {', '.join(FACTORS)}")
-    return _FACTORS.value
+    labels = [label for name in factors for label in FACTORS[name].levels]
+    missing = [label for label in levels if label not in labels]
+    if missing:
+        raise UserError(f"--level={missing[0]}: there are {'; '.join(dict.fromkeys(labels))}")
+    return settings_of(factors, levels)
+
+
+def _scale() -> Scale:
+    if _SCALE.value == "smoke":
+        return SMOKE
+    scales = SCALES[_TASK.value]
+    if _SCALE.value not in scales:
+        raise UserError(f"--scale={_SCALE.value}: {_TASK.value} has {', '.join(scales)} and smoke")
+    return scales[_SCALE.value]
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

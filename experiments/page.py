@@ -8,8 +8,14 @@ from pathlib import Path
 
 from experiments import rlhf_report
 from experiments.factor_figure import factor_figure
-from experiments.factor_table import factor_table, levels_of, overview, training_table
-from experiments.results import all_runs, read_sets
+from experiments.factor_table import (
+    factor_table,
+    levels_of,
+    overview,
+    subset_table,
+    training_table,
+)
+from experiments.results import all_runs, read_left_out, read_sets
 from experiments.settings import FACTORS
 from gram_jax.errors import UserError
 
@@ -24,12 +30,13 @@ def tables(folder: Path) -> dict[str, str]:
     for task in _tasks(folder):
         sets = read_sets(folder / task)
         runs = list(all_runs(folder / task))
-        found[f"{task}/overview"] = overview(runs, sets)
+        found[f"{task}/overview"] = overview(runs, sets, read_left_out(folder / task))
         found[f"{task}/training"] = training_table(runs)
         for name, factor in FACTORS.items():
             levels = levels_of(folder / task, factor)
             if levels:
                 found[f"{task}/{name}"] = factor_table(factor, levels, sets)
+                found[f"{task}/{name}/subsets"] = subset_table(levels, sets)
     if (folder / RLHF).is_dir():
         found |= rlhf_report.tables(folder / RLHF)
     return found

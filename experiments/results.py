@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.scoring import margins, reward_settings
 from experiments.settings import Setting
-from experiments.tasks import Task
+from experiments.tasks import Scale, Task
 from experiments.training import Trained
 from gram_jax.config import Config
 from gram_jax.config_rules import to_dict
@@ -67,19 +67,25 @@ def write_sets(task: Task, folder: Path) -> None:
             digits(lengths[:, 0] - lengths[:, 1]),
         )
         sets[name] = dataclasses.asdict(held_out)
-    text = json.dumps({"digests": dict(task.digests), "sets": sets}) + "\n"
+    kept = {"digests": dict(task.digests), "left_out": dict(task.left_out), "sets": sets}
     if path.is_file() and json.loads(path.read_text())["digests"] != dict(task.digests):
         raise UserError(
             f"{path} is of other data (docstrings of other packages, or another version of the"
             " files): choose another --results, or delete it with the runs beside it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(json.dumps(kept) + "\n")
 
 
 def read_sets(folder: Path) -> dict[str, HeldOut]:
     sets = json.loads((folder / SETS).read_text())["sets"]
     return {name: HeldOut(**values) for name, values in sets.items()}
+
+
+def read_left_out(folder: Path) -> dict[str, int]:
+    """Rows that were too long for the scale, by file."""
+    found: dict[str, int] = json.loads((folder / SETS).read_text()).get("left_out", {})
+    return found
 
 
 def digits(margins: Any) -> str:
@@ -106,7 +112,7 @@ def is_done(folder: Path, setting: Setting, seed: int, task: Task) -> bool:
     if not path.is_file():
         return False
     found = json.loads(path.read_text())
-    if (found["setting"], found["scale"]) != (setting.to_json(), dataclasses.asdict(task.scale)):
+    if found["setting"] != setting.to_json() or Scale(**found["scale"]) != task.scale:
         raise UserError(f"{path} is of another setting or scale; delete it or choose --results")
     return True
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments.rlhf_settings import REWARDS, Sizes, Work, policy_seed
+from experiments.stages import run_once
 from gram_jax.bootstrap import clustered_accuracy
 from gram_jax.checkpoints import load_model
 from gram_jax.config import (
@@ -34,7 +35,6 @@ from gram_jax.data.sources import read_jsonl
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Floats
-from gram_jax.loop import run_stage
 from gram_jax.model_card import export_checkpoint
 from gram_jax.reward_model import stored_settings
 from gram_jax.scorer import Question, Scorer, judge_probability
@@ -43,7 +43,6 @@ JUDGE_TEMPLATE = Path(__file__).parent / "rlhf_judge.toml"
 ROPE_THETA = 1e6
 """Tunix 0.1.7's model of Llama 3 computes with this one, whatever its config says."""
 
-_DONE = "done.json"
 _TRAINING = 1000
 """Prompts that are kept for GRPO."""
 
@@ -57,12 +56,12 @@ def prepare(sizes: Sizes, work: Work, seed: int, seeds: int) -> None:
     _claim(sizes, work)
     _write_data(sizes, work)
     other = policy_seed(seed, seeds)
-    for each in (seed, other):
-        _train(pretrain_config(sizes, work, each), work.pretrained(each))
+    for each in tqdm((seed, other), f"stage 1, seed {seed}", unit="model"):
+        run_once(pretrain_config(sizes, work, each), work.pretrained(each))
     if not (work.policy(other) / "config.json").is_file():
         export_checkpoint(work.pretrained(other), work.policy(other))
-    for name in REWARDS:
-        _train(reward_config(sizes, work, seed, name), work.reward(seed, name))
+    for name in tqdm(REWARDS, f"stage 2, seed {seed}", unit="model"):
+        run_once(reward_config(sizes, work, seed, name), work.reward(seed, name))
         _write_accuracy(work, seed, name)
 
 
@@ -193,27 +192,6 @@ def reward_config(sizes: Sizes, work: Work, seed: int, name: str) -> Config:
         train=TrainConfig(length=sizes.pairs, length_unit="pairs", batch_rows=6, log_every=50),
         checkpoint=CheckpointConfig(every=100_000, keep_last=1),
     )
-
-
-def _train(config: Config, folder: Path) -> None:
-    if (folder / _DONE).is_file():
-        return
-    began = time.perf_counter()
-    result = run_stage(config, folder, quiet=True)
-    facts = {
-        "steps": result.steps,
-        "seconds": time.perf_counter() - began,
-        "metrics": result.metrics,
-        "validation": result.validation,
-    }
-    (folder / _DONE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(f"trained {folder}: {result.steps} steps, {facts['seconds']:.0f} s", flush=True)
-
-
-def stage_facts(folder: Path) -> dict[str, Any]:
-    """What came out of the training of a model: steps, seconds, metrics."""
-    facts: dict[str, Any] = json.loads((folder / _DONE).read_text("utf-8"))
-    return facts
 
 
 def _write_accuracy(work: Work, seed: int, name: str) -> None:

@@ -27,8 +27,8 @@ from experiments.rlhf_gold import Chrf, parameters_named
 from experiments.rlhf_grpo import Asked, Checker, rewards, train
 from experiments.rlhf_policy import Writer, check_parity, load_policy, make_mesh
 from experiments.rlhf_results import BEST, Best, Run, write
-from experiments.rlhf_rewards import stage_facts
 from experiments.rlhf_settings import REWARDS, Sizes, Work
+from experiments.stages import stage_facts
 from gram_jax import distributed
 from gram_jax.clients import reward_function
 from gram_jax.errors import UserError
@@ -204,8 +204,8 @@ class Session:
             self._seed,
         )
         seconds = {
-            "stage_1": stage_facts(work.pretrained(self._seed))["seconds"],
-            "stage_2": stage_facts(work.reward(self._seed, reward))["seconds"],
+            "stage_1": stage_facts(work.pretrained(self._seed))["wall_seconds"],
+            "stage_2": stage_facts(work.reward(self._seed, reward))["wall_seconds"],
             "grpo": trained.grpo_seconds,
             "checks": trained.check_seconds,
             "processor": time.process_time() - processor,

@@ -8,7 +8,7 @@ factor has no other choice but to change together are said in its note.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 STAGES_1 = ("text+pairs", "text", "pairs", "none")
@@ -153,9 +153,10 @@ FACTORS = {
 """By name, as in --factors."""
 
 
-def settings_of(factors: Iterable[str]) -> list[Setting]:
-    """The settings of these factors, the base first, each once."""
+def settings_of(factors: Iterable[str], labels: Collection[str] = ()) -> list[Setting]:
+    """The base, then the settings of these factors, or those of ``labels`` only; each once."""
     found = [BASE]
     for name in factors:
-        found += FACTORS[name].levels.values()
+        levels = FACTORS[name].levels
+        found += [setting for label, setting in levels.items() if not labels or label in labels]
     return list(dict.fromkeys(found))

@@ -42,6 +42,8 @@ class Scale:
       epochs: over all labelled pairs.
       step_pairs: labelled pairs of a step, about.
       evaluated: pairs of a held-out set, at most (docstrings: of a kind of damage).
+      longest: characters of a prompt with two responses, at most; 0 is no bound. Only preferences,
+        where short pairs are what few core-minutes can read.
     """
 
     vocabulary: int
@@ -55,14 +57,18 @@ class Scale:
     step_pairs: int
     evaluated: int
     epochs: int = 1
+    longest: int = 0
 
+
+_DOCSTRINGS = Scale(
+    vocabulary=2048, hidden_size=128, layers=4, tokens=500_000, text_row=256, pair_row=512,
+    text_rows=2, pairs=2000, step_pairs=20, evaluated=100,
+)  # fmt: skip
 
 SCALES = {
     "docstrings": {
-        "cpu": Scale(
-            vocabulary=2048, hidden_size=128, layers=4, tokens=500_000, text_row=256,
-            pair_row=512, text_rows=2, pairs=2000, step_pairs=20, evaluated=100,
-        ),
+        "cpu": _DOCSTRINGS,
+        "labels": dataclasses.replace(_DOCSTRINGS, pairs=1_000_000),
         "gpu": Scale(
             vocabulary=16384, hidden_size=768, layers=14, tokens=3_000_000, text_row=1024,
             pair_row=1024, text_rows=8, pairs=1_000_000, step_pairs=64, evaluated=400, epochs=3,
@@ -70,8 +76,8 @@ SCALES = {
     },
     "preferences": {
         "cpu": Scale(
-            vocabulary=4096, hidden_size=128, layers=4, tokens=500_000, text_row=512,
-            pair_row=1024, text_rows=1, pairs=1500, step_pairs=20, evaluated=500,
+            vocabulary=4096, hidden_size=128, layers=4, tokens=400_000, text_row=512,
+            pair_row=640, text_rows=1, pairs=1500, step_pairs=20, evaluated=250, longest=1400,
         ),
         "gpu": Scale(
             vocabulary=40960, hidden_size=768, layers=12, tokens=60_000_000, text_row=1024,
@@ -80,7 +86,8 @@ SCALES = {
         ),
     },
 }  # fmt: skip
-"""By task and name; ``gpu``: 120 million parameters, all of the text, several epochs."""
+"""By task and name; ``labels``: all labelled pairs that there are, else as ``cpu``; ``gpu``: 120
+million parameters, all of the text, several epochs."""
 
 SMOKE = Scale(
     vocabulary=512, hidden_size=32, layers=1, tokens=4000, text_row=128, pair_row=512,
@@ -100,6 +107,7 @@ class Task:
         distribution.
       tokenizer: its folder.
       digests: SHA-256 by the name of each file above.
+      left_out: rows that were longer than the scale's ``longest``, by the name of a file.
     """
 
     name: str
@@ -110,6 +118,7 @@ class Task:
     sets: Mapping[str, Path]
     tokenizer: Path
     digests: Mapping[str, str]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def make_task(name: str, scale: Scale, folder: Path, data: str) -> Task:
@@ -134,19 +143,23 @@ def make_task(name: str, scale: Scale, folder: Path, data: str) -> Task:
     sets = {part: folder / f"set_{part}.jsonl" for part in held_out}
     if not made.is_file():
         write = _write_docstrings if name == "docstrings" else _write_preferences
-        write(scale, folder, Path(data), sets)
+        left_out = write(scale, folder, Path(data), sets)
         texts = (row["text"] for _, row in read_jsonl(text))
         Tokenizer.train(islice(texts, 20_000), scale.vocabulary).save(folder / "tokenizer")
         files = {path.stem: path for path in (text, responses, pairs, *sets.values())}
         digests = {stem: _digest(path) for stem, path in files.items()}
-        made.write_text(json.dumps({"asked": asked, "digests": digests}, indent=2) + "\n")
+        facts = {"asked": asked, "digests": digests, "left_out": left_out}
+        made.write_text(json.dumps(facts, indent=2) + "\n")
+    facts = json.loads(made.read_text())
     return Task(
         name=name, scale=scale, text=text, responses=responses, pairs=pairs, sets=sets,
-        tokenizer=folder / "tokenizer", digests=json.loads(made.read_text())["digests"],
+        tokenizer=folder / "tokenizer", digests=facts["digests"], left_out=facts["left_out"],
     )  # fmt: skip
 
 
-def _write_docstrings(scale: Scale, folder: Path, data: Path, sets: Mapping[str, Path]) -> None:
+def _write_docstrings(
+    scale: Scale, folder: Path, data: Path, sets: Mapping[str, Path]
+) -> dict[str, int]:
     """Half of the prompts are for stage 1, without labels; the other half for stage 2."""
     files = write_docstring_task(folder / "all", seed=0, pairs_per_kind=scale.evaluated)
     rows = [row for _, row in read_jsonl(files.pairs)]
@@ -157,6 +170,7 @@ def _write_docstrings(scale: Scale, folder: Path, data: Path, sets: Mapping[str,
     _write(folder / "pairs.jsonl", labelled[: scale.pairs])
     for name, source in (("in", files.pairs_in), ("out", files.pairs_out)):
         _write(sets[name], (row for _, row in read_jsonl(source)))
+    return {}
 
 
 _EVALUATED = {
@@ -167,18 +181,35 @@ _EVALUATED = {
 }
 
 
-def _write_preferences(scale: Scale, folder: Path, data: Path, sets: Mapping[str, Path]) -> None:
+def _write_preferences(
+    scale: Scale, folder: Path, data: Path, sets: Mapping[str, Path]
+) -> dict[str, int]:
     """The files are in a shuffled order, so that their beginnings are samples."""
-    for part in ("text", "responses"):
-        _write(folder / f"{part}.jsonl", _rows(data / part / "train.jsonl.gz"))
-    pairs = _rows(data / "preferences" / "train.jsonl.gz")
-    _write(folder / "pairs.jsonl", islice(pairs, scale.pairs))
-    for name, path in sets.items():
-        _write(path, islice(_rows(data / _EVALUATED[name]), scale.evaluated))
+    _write(folder / "text.jsonl", _rows(data / "text" / "train.jsonl.gz"))
+    sources = {
+        "responses": data / "responses" / "train.jsonl.gz",
+        "pairs": data / "preferences" / "train.jsonl.gz",
+        **{name: data / file for name, file in _EVALUATED.items()},
+    }
+    most = {"pairs": scale.pairs} | dict.fromkeys(_EVALUATED, scale.evaluated)
+    left_out = {}
+    for name, source in sources.items():
+        rows = list(_rows(source))
+        short = [row for row in rows if not scale.longest or _characters(row) <= scale.longest]
+        left_out[name] = len(rows) - len(short)
+        path = sets[name] if name in sets else folder / f"{name}.jsonl"
+        _write(path, short[: most.get(name)])
+    return left_out
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     return (row for _, row in read_jsonl(path))
+
+
+def _characters(row: Mapping[str, Any]) -> int:
+    """Of a prompt with two responses."""
+    both = row["responses"] if "responses" in row else (row["chosen"], row["rejected"])
+    return len(row["prompt"]) + sum(map(len, both))
 
 
 def _half(prompt: str) -> bool:

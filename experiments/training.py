@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from experiments.scoring import margins, reward_settings
 from experiments.settings import ALL, Setting
+from experiments.stages import run_once, stage_facts
 from experiments.tasks import JUDGE_TEMPLATE, Task
 from gram_jax.checkpoints import LoadedModel, load_model
 from gram_jax.config import (
@@ -32,7 +32,6 @@ from gram_jax.config import (
 )
 from gram_jax.data.stage import stage_data
 from gram_jax.data.tokenizer import Tokenizer
-from gram_jax.loop import run_stage
 from gram_jax.models.decoder import init_decoder
 
 RATES = {"whole": 5e-4, "last block": 5e-4, "LoRA": 2e-3, "head": 1e-2}
@@ -224,7 +223,7 @@ def pretrain(task: Task, setting: Setting, seed: int, work: Path) -> Path | None
     last = None
     for workdir, config in stage_1(task, setting, seed, work):
         last = workdir
-        _run(config, workdir)
+        run_once(config, workdir)
     return last
 
 
@@ -235,14 +234,13 @@ def train(task: Task, setting: Setting, seed: int, work: Path) -> Trained:
     last = pretrain(task, setting, seed, work)
     for workdir, config in stage_1(task, setting, seed, work):
         configs[f"stage 1, {workdir.name}"] = config
-        facts[f"stage 1, {workdir.name}"] = json.loads((workdir / _DONE).read_text())
+        facts[f"stage 1, {workdir.name}"] = stage_facts(workdir)
     if setting.pairs:
         workdir = work / "stage_2" / setting.name / f"seed{seed}"
         beta = unit_beta(task, setting, _loaded(task, setting, seed, last))
         config = stage_2(task, setting, seed, work, "" if last is None else str(last), beta)
-        _run(config, workdir)
         configs["stage 2"] = config
-        facts["stage 2"] = json.loads((workdir / _DONE).read_text())
+        facts["stage 2"] = run_once(config, workdir)
         last = workdir
     if not configs:
         configs["random"] = _random_config(task, setting, seed)
@@ -276,17 +274,3 @@ def _loaded(task: Task, setting: Setting, seed: int, folder: Path | None) -> Loa
 
 def _random_config(task: Task, setting: Setting, seed: int) -> Config:
     return Config(seed=seed, model=model_config(task, setting), tokenizer=str(task.tokenizer))
-
-
-_DONE = "done.json"
-
-
-def _run(config: Config, workdir: Path) -> None:
-    """A stage that is complete is left as it is."""
-    done = workdir / _DONE
-    if done.is_file():
-        return
-    began = time.perf_counter()
-    result = run_stage(config, workdir, quiet=True)
-    facts = dataclasses.asdict(result) | {"wall_seconds": time.perf_counter() - began}
-    done.write_text(json.dumps(facts, indent=2) + "\n")

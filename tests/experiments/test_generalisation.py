@@ -1,5 +1,6 @@
 """The experiment's command trains, evaluates and keeps; what is kept is not done again."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ import pytest
 
 from experiments.results import is_done, path_of
 from experiments.settings import ALL, BASE, FACTORS
-from experiments.tasks import SMOKE, Task, make_task
-from experiments.training import stage_1, stage_2
+from experiments.tasks import SCALES, SMOKE, TASKS, Task, make_task
+from experiments.training import model_config, stage_1, stage_2
 from gram_jax.config_rules import validate
 from gram_jax.errors import UserError
 
@@ -74,7 +75,13 @@ def test_other_data_and_other_scales_are_not_mixed_with_what_is_kept(work):
     ("arguments", "message"),
     [
         (["--factors=stage1"], "--factors=stage1: there are stage_1, smoothing,"),
+        (["--level=critic"], "--level=critic: there are text+pairs; text; pairs; none; e = 0;"),
+        (["--factors=pairs", "--level=judge"], "--level=judge: there are 0; 100; 1,000; all"),
         (["--task=preferences"], "--data='' has no folder preferences"),
+        (
+            ["--task=preferences", "--scale=labels"],
+            "--scale=labels: preferences has cpu, gpu and smoke",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_said_in_one_line(work, arguments, message):
@@ -84,8 +91,13 @@ def test_what_cannot_be_run_is_said_in_one_line(work, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_every_setting_of_every_factor_is_a_config_that_can_be_run(work, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "scale"), [(name, scale) for name in TASKS for scale in (*SCALES[name], "smoke")]
+)
+def test_every_setting_of_every_factor_is_a_config_that_can_be_run(work, tmp_path, name, scale):
     task = make_task("docstrings", SMOKE, work / "docstrings-smoke" / "data", "")
+    sizes = SMOKE if scale == "smoke" else SCALES[name][scale]
+    task = dataclasses.replace(task, name=name, scale=sizes)
     for factor in FACTORS.values():
         for setting in factor.levels.values():
             configs = [config for _, config in stage_1(task, setting, 0, tmp_path)]
@@ -95,4 +107,7 @@ def test_every_setting_of_every_factor_is_a_config_that_can_be_run(work, tmp_pat
                 validate(config)
             tokens = sum(config.train.length for config in configs[: len(configs) - 1])
             if setting.stage_1 != "none" and setting.pairs == ALL:
-                assert tokens == pytest.approx(SMOKE.tokens * setting.tokens)
+                assert tokens == pytest.approx(sizes.tokens * setting.tokens)
+    # "120 million parameters" of the page.
+    millions = model_config(task, BASE).num_parameters() / 1e6
+    assert (119 < millions < 125) == (scale == "gpu")

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from experiments.factor_figure import factor_figure
-from experiments.factor_table import cell, factor_table, levels_of, longer, overview
+from experiments.factor_table import (
+    cell,
+    factor_table,
+    levels_of,
+    longer,
+    overview,
+    subset_table,
+)
 from experiments.page import filled, tables
 from experiments.results import RESULTS, HeldOut, digits, outcomes
 from experiments.settings import ALL, BASE, FACTORS, settings_of
@@ -58,6 +65,13 @@ def test_every_factor_has_the_base_and_no_two_settings_share_a_name():
     assert all(setting.first.pairs == ALL for setting in settings)
 
 
+def test_levels_are_named_by_their_labels_and_the_base_is_always_run():
+    judge = FACTORS["readout"].levels["judge"]
+    assert settings_of(["readout"], ["judge"]) == [BASE, judge]
+    assert settings_of(["readout"], ["likelihood, sum"]) == [BASE]
+    assert settings_of(["readout"]) == [BASE, *list(FACTORS["readout"].levels.values())[1:]]
+
+
 def test_a_cell_is_the_mean_over_seeds_and_the_gain_is_on_the_same_pairs(kept):
     zero, base = levels_of(kept / "task", FACTORS["pairs"])
     held_out = HeldOut(PROMPTS, [""] * 8, "22000011")
@@ -82,11 +96,27 @@ def test_the_table_names_each_level_and_the_length_baseline(kept):
     assert "0.375 [" in lines[4]
 
 
+def test_each_subset_has_the_accuracy_of_its_own_pairs(kept):
+    levels = levels_of(kept / "task", FACTORS["pairs"])
+    sets = {"in": HeldOut(PROMPTS, ["x"] * 5 + ["y"] * 3, "22000011")}
+    lines = subset_table(levels, sets).splitlines()
+    assert lines[0] == "| set | subset | pairs | 0 | **all** | longer wins |"
+    # Of "20000000" and "12000000", and of "22220000" and "22222000", the first five and the rest.
+    assert lines[2].startswith("| in | x | 5 | 0.250 [")
+    assert "| 0.900 [" in lines[2] and "| 0.400 [" in lines[2]
+    assert lines[3].startswith("| in | y | 3 | 0.000 [0.000, 0.000] | 0.000 [0.000, 0.000] | 0.333")
+
+
 def test_a_stage_1_that_runs_share_costs_once(kept):
     runs = [json.loads(p.read_text()) for p in sorted((kept / "task").glob("*/seed*.json"))]
     sets = {"in": HeldOut(PROMPTS, [""] * 8, "22000011")}
     # Two seeds of stage 1, four of stage 2, four evaluations.
-    assert f"| cost | {(2 * 60 + 4 * 30 + 4 * 6) / 60:.0f} core-minutes |" in overview(runs, sets)
+    assert f"| cost | {(2 * 60 + 4 * 30 + 4 * 6) / 60:.0f} core-minutes |" in overview(
+        runs, sets, {}
+    )
+    assert "| left out as too long | in 1,200, text 0 |" in overview(
+        runs, sets, {"in": 1200, "text": 0}
+    )
 
 
 def test_the_figure_has_a_panel_per_set_and_a_row_per_level(kept):
@@ -99,7 +129,9 @@ def test_the_figure_has_a_panel_per_set_and_a_row_per_level(kept):
 
 def test_a_page_is_filled_between_its_marks_and_nowhere_else(kept):
     found = tables(kept)
-    assert set(found) == {"task/overview", "task/pairs", "task/training"}
+    assert set(found) == {
+        "task/overview", "task/pairs", "task/pairs/subsets", "task/training",
+    }  # fmt: skip
     assert "| base | 9, 9 | 0.500, 1.500 | 0.750, 0.750 | 0.250, 0.250 |" in found["task/training"]
     page = "# T\n<!-- task/pairs -->\nold\n<!-- end -->\nprose\n"
     after = filled(page, found)

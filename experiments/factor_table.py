@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.results import HeldOut, outcomes, read_runs, stacked
-from experiments.settings import BASE, Factor, Setting
+from experiments.settings import Factor, Setting
 from gram_jax.bootstrap import Interval, clustered_mean
 
 Run = dict[str, Any]
@@ -22,6 +22,10 @@ class Level(NamedTuple):
     setting: Setting
     runs: dict[int, Run]
     base: dict[int, Run]
+
+    @property
+    def is_base(self) -> bool:
+        return self.runs == self.base
 
 
 class Cell(NamedTuple):
@@ -40,13 +44,13 @@ class Cell(NamedTuple):
 
 def levels_of(folder: Path, factor: Factor) -> list[Level]:
     """The levels that were run; none where only the base was."""
-    base = read_runs(folder, BASE)
+    base = read_runs(folder, factor.base)
     found = [
         Level(label, setting, runs, base)
         for label, setting in factor.levels.items()
         if (runs := read_runs(folder, setting))
     ]
-    return found if any(level.setting != BASE for level in found) else []
+    return found if any(not level.is_base for level in found) else []
 
 
 def cell(level: Level, name: str, held_out: HeldOut) -> Cell:
@@ -56,7 +60,7 @@ def cell(level: Level, name: str, held_out: HeldOut) -> Cell:
     accuracy = clustered_mean(found.mean(axis=0), held_out.prompts, seed=0)
     both = sorted(set(level.runs) & set(level.base))
     gain = None
-    if level.setting != BASE and both:
+    if not level.is_base and both:
         ours = stacked([level.runs[seed] for seed in both], name)
         theirs = stacked([level.base[seed] for seed in both], name)
         gain = clustered_mean((ours - theirs).mean(axis=0), held_out.prompts, seed=0)
@@ -75,7 +79,7 @@ def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, Hel
         head += [f"{name} [95 %]", "seeds", "over the base"]
     lines = [_row(head), _row(["---"] * len(head))]
     for level in levels:
-        row = [f"**{level.label}**" if level.setting == BASE else level.label]
+        row = [f"**{level.label}**" if level.is_base else level.label]
         for name, held_out in sets.items():
             one = cell(level, name, held_out)
             row += [
@@ -96,7 +100,7 @@ def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, Hel
 
 def subset_table(levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
     """Markdown: a row per subset of each set, with the accuracy at each level."""
-    labels = [f"**{one.label}**" if one.setting == BASE else one.label for one in levels]
+    labels = [f"**{one.label}**" if one.is_base else one.label for one in levels]
     head = ["set", "subset", "pairs", *labels, "longer wins"]
     lines = [_row(head), _row(["---"] * len(head))]
     for name, held_out in sets.items():

@@ -10,9 +10,16 @@ seed, in --workers processes of one core each. What a run gave is kept in experi
 and a run that is there is not repeated; one that was interrupted goes on from its checkpoint.
 Tables and figures are made of these files by `python -m experiments.report`.
 
---scale=labels reads all labelled pairs of the docstring task instead of 2,000. --scale=gpu is the
-same at 120 million parameters, with all text and all pairs, for a machine with an accelerator
-(--workers=1 there). Their results go to TASK-labels and TASK-gpu.
+What --scale makes of it:
+
+  cpu         small models, a few hours of one core (default)
+  labels      all labelled pairs of the docstring task instead of 2,000; varies the readout
+  pretrained  preferences, from the language model in --pretrained=FOLDER instead of random
+              weights; `python -m experiments.smollm2` makes such a folder without a hub
+  gpu         120 million parameters, all of the text, all pairs several times: for a machine with
+              an accelerator (--workers=1 there)
+
+Results of a scale other than cpu go to TASK-SCALE.
 """
 
 from __future__ import annotations
@@ -30,21 +37,26 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import results, training
-from experiments.settings import FACTORS, Setting, settings_of
+from experiments.settings import FACTORS, Setting, settings_of, usual_factors
 from experiments.tasks import SCALES, SMOKE, TASKS, Scale, Task, make_task
 from gram_jax import entry
 from gram_jax.errors import UserError
 
 _TASK = flags.DEFINE_enum("task", "docstrings", TASKS, "Data set.")
 _DATA = flags.DEFINE_string("data", "", "Folder of the data set preferences.")
-_FACTORS = flags.DEFINE_list("factors", list(FACTORS), "What to vary; the base is always run.")
+_PRETRAINED = flags.DEFINE_string(
+    "pretrained", "", "Hugging Face folder of the language model of --scale=pretrained."
+)
+_FACTORS = flags.DEFINE_list(
+    "factors", None, "What to vary, by default what the scale is for; the base is always run."
+)
 _LEVELS = flags.DEFINE_multi_string(
     "level", [], "Levels of these factors to run, by their label in the tables; none means all."
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each setting.")
 _SCALE = flags.DEFINE_enum(
-    "scale", "cpu", ["cpu", "labels", "gpu", "smoke"], "How large models and data are; smoke: a"
-    " minute, no meaning.",
+    "scale", "cpu", ["cpu", "labels", "pretrained", "gpu", "smoke"],
+    "How large models and data are; smoke: a minute, no meaning.",
 )  # fmt: skip
 _WORKERS = flags.DEFINE_integer("workers", 2, "Runs at once, each a process on a core of its own.")
 _WORK = flags.DEFINE_string("work", "runs/experiments", "Where data and checkpoints go.")
@@ -56,7 +68,7 @@ def main(_: list[str]) -> None:
     scale = _scale()
     name = _TASK.value if _SCALE.value == "cpu" else f"{_TASK.value}-{_SCALE.value}"
     work, kept = Path(_WORK.value) / name, Path(_RESULTS.value) / name
-    task = make_task(_TASK.value, scale, work / "data", _DATA.value)
+    task = make_task(_TASK.value, scale, work / "data", _DATA.value, _PRETRAINED.value)
     results.write_sets(task, kept)
     missing = [
         (setting, seed)
@@ -74,6 +86,8 @@ def main(_: list[str]) -> None:
 
 def _settings() -> list[Setting]:
     factors, levels = _FACTORS.value, _LEVELS.value
+    if factors is None:
+        factors = usual_factors(_SCALE.value)
     unknown = [name for name in factors if name not in FACTORS]
     if unknown:
         raise UserError(f"--factors={unknown[0]}: there are {', '.join(FACTORS)}")

@@ -58,11 +58,12 @@ def write_sets(task: Task, folder: Path) -> None:
     sets = {}
     for name, file in task.sets.items():
         rows = [row for _, row in read_jsonl(file)]
-        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(r["prompt"] for r in rows))}
+        prompts = [json.dumps(row["prompt"]) for row in rows]  # which may be messages
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         texts = [row[side] for row in rows for side in ("chosen", "rejected")]
         lengths = np.array([len(ids) for ids in tokenizer.encode_responses(texts)]).reshape(-1, 2)
         held_out = HeldOut(
-            [numbers[row["prompt"]] for row in rows],
+            [numbers[prompt] for prompt in prompts],
             [row.get("subset", "") for row in rows],
             digits(lengths[:, 0] - lengths[:, 1]),
         )
@@ -132,13 +133,12 @@ def evaluate(task: Task, setting: Setting, seed: int, trained: Trained) -> dict[
             "margin_std": float(margin.std()),
             "truncated": truncated,
         }
-    assert trained.model.config is not None
     return {
         "task": task.name,
         "seed": seed,
         "setting": setting.to_json(),
         "scale": dataclasses.asdict(task.scale),
-        "parameters": trained.model.config.model.num_parameters(),
+        "parameters": trained.model.model.config.num_parameters(),
         "reward": {"reading": settings.reading, "average": settings.average},
         "sets": sets,
         "training": trained.facts,

@@ -8,7 +8,7 @@ factor has no other choice but to change together are said in its note.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 STAGES_1 = ("text+pairs", "text", "pairs", "none")
@@ -74,18 +74,21 @@ class Factor:
       levels: by label, in the order of the table; one of them is the base.
       paper: what GRAM reports on it.
       note: what changes with it.
+      base: what the levels are compared with.
     """
 
     title: str
     levels: dict[str, Setting]
     paper: str
     note: str = ""
+    base: Setting = BASE
 
 
 def _one(**changed: Any) -> Setting:
     return dataclasses.replace(BASE, **changed)
 
 
+_PRETRAINED = _one(stage_1="none", average="mean", pairs=0)
 _SMOOTHING = {f"e = {e:g}": _one(smoothing=e) for e in (0.0, 0.025, 0.05, 0.1, 0.2)}
 
 FACTORS = {
@@ -138,6 +141,21 @@ FACTORS = {
         "With few labels, or none, a model of stage 1 is already useful; labels add to it.",
         "Where there are fewer than 600 pairs they are read several times, 600 in all.",
     ),
+    "pretrained": Factor(
+        "From a language model",
+        {
+            "likelihood, mean, no labels": _PRETRAINED,
+            "likelihood, mean": dataclasses.replace(_PRETRAINED, pairs=ALL),
+            "judge, no labels": dataclasses.replace(_PRETRAINED, objective="judge"),
+            "judge": dataclasses.replace(_PRETRAINED, objective="judge", pairs=ALL),
+            "judge, after pairs": _one(stage_1="pairs", objective="judge"),
+            "Bradley-Terry": _one(stage_1="none", objective="bradley_terry"),
+        },
+        "All of its models start from instruction-tuned language models; without stage 1 on pairs"
+        " of responses the judge is worse, and with labels better than without.",
+        "The mean of log-probs, as the judge, has no length of its own to overcome.",
+        base=_PRETRAINED,
+    ),
     "adaptation": Factor(
         "Adaptation",
         {
@@ -153,9 +171,15 @@ FACTORS = {
 """By name, as in --factors."""
 
 
-def settings_of(factors: Iterable[str], labels: Collection[str] = ()) -> list[Setting]:
-    """The base, then the settings of these factors, or those of ``labels`` only; each once."""
-    found = [BASE]
+def usual_factors(scale: str) -> list[str]:
+    """What is varied at a scale, unless one says otherwise."""
+    own = {"labels": ["readout"], "pretrained": ["pretrained"]}
+    return own.get(scale) or [name for name in FACTORS if name != "pretrained"]
+
+
+def settings_of(factors: Sequence[str], labels: Collection[str] = ()) -> list[Setting]:
+    """The bases, then the settings of these factors, or those of ``labels`` only; each once."""
+    found = [FACTORS[name].base for name in factors] or [BASE]
     for name in factors:
         levels = FACTORS[name].levels
         found += [setting for label, setting in levels.items() if not labels or label in labels]

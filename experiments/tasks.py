@@ -5,6 +5,9 @@
   preferences   people's and models' preferences, from a folder DATA. In distribution: validation
                 prompts; out: LLMBar, HHH, and hh-rlhf's harmless set
 
+At the scale ``pretrained`` models start from a published language model instead of random weights,
+and prompts are chat messages, as such a model expects.
+
 The files of a task are the same for every seed of a run, so that accuracies can be compared pair by
 pair; a seed decides weights, the order of rows, and which labelled pairs are drawn.
 """
@@ -15,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -26,6 +30,7 @@ from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
 
 TASKS = ("docstrings", "preferences")
+WEIGHTS = "model.safetensors"
 JUDGE_TEMPLATE = Path(__file__).parent / "judge.toml"
 
 
@@ -44,6 +49,10 @@ class Scale:
       evaluated: pairs of a held-out set, at most (docstrings: of a kind of damage).
       longest: characters of a prompt with two responses, at most; 0 is no bound. Only preferences,
         where short pairs are what few core-minutes can read.
+      pretrained: whether models start from a folder of a language model, whose shape and tokenizer
+        count then.
+      rate: of learning, as a multiple of the usual ones: a model that knows a language must not
+        forget it.
     """
 
     vocabulary: int
@@ -58,6 +67,8 @@ class Scale:
     evaluated: int
     epochs: int = 1
     longest: int = 0
+    pretrained: bool = False
+    rate: float = 1.0
 
 
 _DOCSTRINGS = Scale(
@@ -79,6 +90,11 @@ SCALES = {
             vocabulary=4096, hidden_size=128, layers=4, tokens=400_000, text_row=512,
             pair_row=640, text_rows=1, pairs=1500, step_pairs=20, evaluated=250, longest=1400,
         ),
+        "pretrained": Scale(
+            vocabulary=0, hidden_size=0, layers=0, tokens=100_000, text_row=640, pair_row=640,
+            text_rows=4, pairs=400, step_pairs=10, evaluated=150, longest=1400, pretrained=True,
+            rate=0.1,
+        ),
         "gpu": Scale(
             vocabulary=40960, hidden_size=768, layers=12, tokens=60_000_000, text_row=1024,
             pair_row=2048, text_rows=32, pairs=1_000_000, step_pairs=64,
@@ -86,8 +102,9 @@ SCALES = {
         ),
     },
 }  # fmt: skip
-"""By task and name; ``labels``: all labelled pairs that there are, else as ``cpu``; ``gpu``: 120
-million parameters, all of the text, several epochs."""
+"""By task and name. ``labels``: all labelled pairs that there are, else as ``cpu``; ``pretrained``:
+from a language model, whose shape counts; ``gpu``: 120 million parameters, all of the text, several
+epochs."""
 
 SMOKE = Scale(
     vocabulary=512, hidden_size=32, layers=1, tokens=4000, text_row=128, pair_row=512,
@@ -106,8 +123,9 @@ class Task:
       sets: held-out pairs, {"prompt", "chosen", "rejected", "subset"}, by name; the first is in
         distribution.
       tokenizer: its folder.
-      digests: SHA-256 by the name of each file above.
+      digests: SHA-256 by the name of each file above, and of the weights of ``pretrained``.
       left_out: rows that were longer than the scale's ``longest``, by the name of a file.
+      pretrained: the folder of a language model to start from; None is random weights.
     """
 
     name: str
@@ -119,18 +137,29 @@ class Task:
     tokenizer: Path
     digests: Mapping[str, str]
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pretrained: Path | None = None
 
 
-def make_task(name: str, scale: Scale, folder: Path, data: str) -> Task:
+def make_task(name: str, scale: Scale, folder: Path, data: str, pretrained: str = "") -> Task:
     """Writes the files of a task, or reads those that are there.
 
+    Args:
+      data: folder of the preferences.
+      pretrained: Hugging Face folder of the model to start from, where the scale has one.
+
     Raises:
-      UserError: ``data`` is needed and not there, or the folder has the files of other sizes.
+      UserError: ``data`` or ``pretrained`` is needed and not there, or the folder has the files of
+        other sizes.
     """
     if name == "preferences" and not Path(data, "preferences").is_dir():
         raise UserError(
             f"--data={data!r} has no folder preferences; name the folder with text/, responses/,"
             " preferences/ and eval/ (docs/single_runs.md says what is in them)"
+        )
+    if scale.pretrained and not Path(pretrained, WEIGHTS).is_file():
+        raise UserError(
+            f"--pretrained={pretrained!r} is no folder with {WEIGHTS}; name the language model to"
+            " start from (python -m experiments.smollm2 makes one)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "task.json"
@@ -144,16 +173,21 @@ def make_task(name: str, scale: Scale, folder: Path, data: str) -> Task:
     if not made.is_file():
         write = _write_docstrings if name == "docstrings" else _write_preferences
         left_out = write(scale, folder, Path(data), sets)
-        texts = (row["text"] for _, row in read_jsonl(text))
-        Tokenizer.train(islice(texts, 20_000), scale.vocabulary).save(folder / "tokenizer")
         files = {path.stem: path for path in (text, responses, pairs, *sets.values())}
+        if scale.pretrained:
+            files["pretrained"] = Path(pretrained, WEIGHTS)
+        else:
+            texts = (row["text"] for _, row in read_jsonl(text))
+            Tokenizer.train(islice(texts, 20_000), scale.vocabulary).save(folder / "tokenizer")
         digests = {stem: _digest(path) for stem, path in files.items()}
         facts = {"asked": asked, "digests": digests, "left_out": left_out}
         made.write_text(json.dumps(facts, indent=2) + "\n")
     facts = json.loads(made.read_text())
     return Task(
         name=name, scale=scale, text=text, responses=responses, pairs=pairs, sets=sets,
-        tokenizer=folder / "tokenizer", digests=facts["digests"], left_out=facts["left_out"],
+        tokenizer=Path(pretrained) if scale.pretrained else folder / "tokenizer",
+        digests=facts["digests"], left_out=facts["left_out"],
+        pretrained=Path(pretrained) if scale.pretrained else None,
     )  # fmt: skip
 
 
@@ -197,9 +231,26 @@ def _write_preferences(
         rows = list(_rows(source))
         short = [row for row in rows if not scale.longest or _characters(row) <= scale.longest]
         left_out[name] = len(rows) - len(short)
+        if scale.pretrained:
+            short = [row | {"prompt": messages(row["prompt"])} for row in short]
         path = sets[name] if name in sets else folder / f"{name}.jsonl"
         _write(path, short[: most.get(name)])
     return left_out
+
+
+def messages(prompt: str) -> list[dict[str, str]]:
+    """A prompt as chat messages; several turns are written as in hh-rlhf.
+
+    Such a prompt begins with a blank line and ``Human:``, and ends with one and ``Assistant:``.
+    """
+    if not prompt.startswith("\n\nHuman:"):
+        return [{"role": "user", "content": prompt}]
+    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
+    turns = [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -66,8 +66,10 @@ class Trained(NamedTuple):
 
 
 def model_config(task: Task, setting: Setting) -> ModelConfig:
-    """A Llama of the scale's shape at the setting's width."""
+    """A Llama of the scale's shape at the setting's width; unread where ``init_from`` has one."""
     scale = task.scale
+    if scale.pretrained:
+        return ModelConfig()
     hidden = int(scale.hidden_size * setting.width)
     head = min(hidden, 32 if hidden < 512 else 64)
     return ModelConfig(
@@ -96,12 +98,14 @@ def stage_1(task: Task, setting: Setting, seed: int, work: Path) -> Iterator[tup
         "pairs": {"pairs": 1.0},
         "none": {},
     }[setting.stage_1]
-    before = ""
+    before = str(task.pretrained or "")
     for part, share in shares.items():
         text = part == "text"
         row, rows = scale.text_row, scale.text_rows
         if not text:
             row, rows = scale.pair_row, max(1, scale.text_rows * scale.text_row // scale.pair_row)
+        # A model that has begun is not to forget: a third of the rate.
+        rate = (1e-3 if before else 3e-3) * scale.rate
         workdir = work / "stage_1" / setting.first.name / f"seed{seed}" / part
         yield (
             workdir,
@@ -119,9 +123,8 @@ def stage_1(task: Task, setting: Setting, seed: int, work: Path) -> Iterator[tup
                         row_length=row,
                     ),
                     objective=ObjectiveConfig(name="next_token"),
-                    # A model that has begun is not to forget: a third of the rate.
                     optimizer=OptimizerConfig(
-                        learning_rate=1e-3 if before else 3e-3, warmup=0.05, final=0.05, beta2=0.98
+                        learning_rate=rate, warmup=0.05, final=0.05, beta2=0.98
                     ),
                     train=TrainConfig(
                         length=tokens * share, length_unit="tokens", batch_rows=rows, log_every=100
@@ -144,6 +147,7 @@ def stage_2(
     labelled = _lines(task.pairs)
     pairs = labelled * scale.epochs if setting.pairs == ALL else setting.pairs
     head = setting.objective == "bradley_terry"
+    rate = RATES[setting.adaptation] * scale.rate
     config = Config(
         seed=seed,
         init_from=init_from,
@@ -165,9 +169,7 @@ def stage_2(
             chosen_ce=setting.regulariser,
             centring=0.01 if head else 0.0,
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=RATES[setting.adaptation], warmup=0.05, final=0.05, beta2=0.98
-        ),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup=0.05, final=0.05, beta2=0.98),
         train=TrainConfig(
             length=float(max(pairs, min(_LEAST_PAIRS, labelled))),
             length_unit="pairs",
@@ -219,8 +221,8 @@ def _tokens_of_a_pair(task: Task) -> float:
 
 
 def pretrain(task: Task, setting: Setting, seed: int, work: Path) -> Path | None:
-    """Runs stage 1, or goes on with it; the last workdir, None where there is no stage 1."""
-    last = None
+    """Runs stage 1, or goes on with it; where stage 2 starts from, None for random weights."""
+    last = task.pretrained
     for workdir, config in stage_1(task, setting, seed, work):
         last = workdir
         run_once(config, workdir)
@@ -243,7 +245,7 @@ def train(task: Task, setting: Setting, seed: int, work: Path) -> Trained:
         facts["stage 2"] = run_once(config, workdir)
         last = workdir
     if not configs:
-        configs["random"] = _random_config(task, setting, seed)
+        configs["start"] = _start_config(task, setting, seed)
     return Trained(_loaded(task, setting, seed, last), configs, facts)
 
 
@@ -266,11 +268,17 @@ def _loaded(task: Task, setting: Setting, seed: int, folder: Path | None) -> Loa
     compute = ComputeConfig()
     if folder is not None:
         return load_model(folder, compute)
-    config = _random_config(task, setting, seed)
+    config = _start_config(task, setting, seed)
     tokenizer = Tokenizer.load(task.tokenizer)
     model = init_decoder(config.model, compute, seed)
     return LoadedModel(model, tokenizer, f"random, seed {seed}", None, config)
 
 
-def _random_config(task: Task, setting: Setting, seed: int) -> Config:
-    return Config(seed=seed, model=model_config(task, setting), tokenizer=str(task.tokenizer))
+def _start_config(task: Task, setting: Setting, seed: int) -> Config:
+    """Of a model that was not trained at all."""
+    return Config(
+        seed=seed,
+        init_from=str(task.pretrained or ""),
+        model=model_config(task, setting),
+        tokenizer=str(task.tokenizer),
+    )

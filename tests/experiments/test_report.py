@@ -59,7 +59,7 @@ def kept(tmp_path):
 
 def test_every_factor_has_the_base_and_no_two_settings_share_a_name():
     for factor in FACTORS.values():
-        assert BASE in factor.levels.values()
+        assert factor.base in factor.levels.values()
     settings = settings_of(FACTORS)
     assert len({setting.name for setting in settings}) == len(settings)
     assert all(setting.first.pairs == ALL for setting in settings)

@@ -80,7 +80,7 @@ def test_other_data_and_other_scales_are_not_mixed_with_what_is_kept(work):
         (["--task=preferences"], "--data='' has no folder preferences"),
         (
             ["--task=preferences", "--scale=labels"],
-            "--scale=labels: preferences has cpu, gpu and smoke",
+            "--scale=labels: preferences has cpu, pretrained, gpu and smoke",
         ),
     ],
 )

@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.results import Case, Result
 from gram_jax import distributed
 from gram_jax.errors import UserError
-from gram_jax.figures import COLOURS, DASHES, INK, WIDTH, style
+from gram_jax.figures import COLOURS, DASHES, INK, WIDTH, save_svg, style
 
 _ROW_HEIGHT = 1.75  # inches
 _MEBI = 2**20
@@ -69,10 +68,7 @@ def write_figure(result: Path, output: Path) -> None:
     cases = [case for case in Result.read(result).cases if case.points]
     if not cases:
         raise UserError(f"{result}: nothing grows here; give the result of benchmarks.growth")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Ids are hashed with this salt, by default a random one.
-    with matplotlib.rc_context({"svg.hashsalt": "growth", "svg.fonttype": "path"}):
-        growth_figure(cases).savefig(output, format="svg", metadata={"Date": None})
+    save_svg(growth_figure(cases), output)
 
 
 def _main() -> None:

@@ -20,6 +20,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 
 from gram_jax.chips import parse_topology
+from gram_jax.figures import save_svg
 
 _TOPOLOGIES = flags.DEFINE_list(
     "topologies", ["v5e:2x4", "v5e:4x8", "v5e:8x8", "v5e:16x16"], "Slices, the smallest first."
@@ -88,8 +89,7 @@ def main(_: list[str]) -> None:
             f" {plan['memory']['total'] / 2**30:.2f} | {plan['traffic'] / 1e9:.0f} |"
             f" {plan['sent'] / 1e9:.2f} | {plan['roofline']['step'] * 1e3:.0f} |"
         )
-    Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
-    figure(plans).savefig(_OUTPUT.value)
+    save_svg(figure(plans), Path(_OUTPUT.value))
 
 
 if __name__ == "__main__":

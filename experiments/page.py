@@ -18,6 +18,7 @@ from experiments.factor_table import (
 from experiments.results import all_runs, read_left_out, read_sets
 from experiments.settings import FACTORS
 from gram_jax.errors import UserError
+from gram_jax.figures import save_svg
 
 RLHF = "rlhf"
 """The folder of `experiments.rlhf`, among those of tasks."""
@@ -44,16 +45,13 @@ def tables(folder: Path) -> dict[str, str]:
 
 def draw(folder: Path, images: Path) -> int:
     """Draws a figure per task and factor, and those of policies; returns how many."""
-    images.mkdir(parents=True, exist_ok=True)
     drawn = 0
     for task in _tasks(folder):
         sets = read_sets(folder / task)
         for name, factor in FACTORS.items():
             levels = levels_of(folder / task, factor)
             if levels:
-                figure = factor_figure(factor, levels, sets)
-                # Without a date, the same runs give the same file.
-                figure.savefig(images / f"{task}_{name}.svg", metadata={"Date": None})
+                save_svg(factor_figure(factor, levels, sets), images / f"{task}_{name}.svg")
                 drawn += 1
     if (folder / RLHF).is_dir():
         drawn += rlhf_report.draw(folder / RLHF, images)

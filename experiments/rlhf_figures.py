@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,12 +57,6 @@ def best_figure(best: Sequence[Best], labels: Mapping[str, str]) -> Figure:
         _log_axis(axes, best[0].sizes)
         axes.set_ylabel(ylabel)
     return _finished(figure)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As SVG, the same bytes for the same numbers."""
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "path"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def _mean_line(lines: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:

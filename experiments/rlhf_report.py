@@ -13,12 +13,13 @@ import numpy as np
 
 from experiments.rlhf_best_of_n import best_of_n_kl, partial_correlation
 from experiments.rlhf_curves import Place, common_kl, kl_of, place_at, proxy_gains, wins
-from experiments.rlhf_figures import best_figure, gold_figure, save
+from experiments.rlhf_figures import best_figure, gold_figure
 from experiments.rlhf_results import BEST, Best, Check, Run, read_best, read_run, run_path
 from experiments.rlhf_settings import REWARDS
 from gram_jax.bootstrap import Interval, clustered_mean
 from gram_jax.errors import UserError
 from gram_jax.evaluation import Floats
+from gram_jax.figures import save_svg
 
 RESULTS = Path(__file__).parent / "results" / "rlhf"
 FIGURES = Path(__file__).parents[1] / "docs" / "images" / "experiments"
@@ -98,9 +99,8 @@ def draw(results: Path = RESULTS, figures: Path = FIGURES) -> int:
       UserError: no seed is complete.
     """
     found = read_all(results)
-    figures.mkdir(parents=True, exist_ok=True)
-    save(gold_figure(found.runs, LABELS), figures / "rlhf_gold.svg")
-    save(best_figure(found.best, PICKERS), figures / "rlhf_best_of_n.svg")
+    save_svg(gold_figure(found.runs, LABELS), figures / "rlhf_gold.svg")
+    save_svg(best_figure(found.best, PICKERS), figures / "rlhf_best_of_n.svg")
     return 2
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
@@ -266,6 +268,14 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     style(axes)
     return figure, axes
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Writes a figure as SVG; the same figure gives the same bytes, whatever day it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Ids are hashed with this salt, by default a random one.
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "path"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def style(axes: Axes) -> None:

@@ -58,13 +58,19 @@ def cell(level: Level, name: str, held_out: HeldOut) -> Cell:
     runs = [level.runs[seed] for seed in sorted(level.runs)]
     found = stacked(runs, name)
     accuracy = clustered_mean(found.mean(axis=0), held_out.prompts, seed=0)
-    both = sorted(set(level.runs) & set(level.base))
     gain = None
-    if not level.is_base and both:
-        ours = stacked([level.runs[seed] for seed in both], name)
-        theirs = stacked([level.base[seed] for seed in both], name)
-        gain = clustered_mean((ours - theirs).mean(axis=0), held_out.prompts, seed=0)
+    if not level.is_base and set(level.runs) & set(level.base):
+        gain = _gain(level.runs, level.base, name, held_out)
     return Cell(accuracy, found.mean(axis=1).tolist(), gain)
+
+
+def _gain(
+    ours: Mapping[int, Run], theirs: Mapping[int, Run], name: str, held_out: HeldOut
+) -> Interval:
+    """The difference of accuracy on the pairs of a set, over the seeds that both have."""
+    both = sorted(set(ours) & set(theirs))
+    found = [stacked([runs[seed] for seed in both], name) for runs in (ours, theirs)]
+    return clustered_mean((found[0] - found[1]).mean(axis=0), held_out.prompts, seed=0)
 
 
 def longer(held_out: HeldOut) -> Interval:
@@ -96,6 +102,37 @@ def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, Hel
     if factor.note:
         lines += ["", factor.note]
     return "\n".join(lines) + "\n"
+
+
+def labels_table(few: Sequence[Level], many: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
+    """Markdown: levels with few and with many labelled pairs, on the same held-out pairs.
+
+    Args:
+      few, many: levels of one factor at two scales; compared where both have one.
+    """
+    head = ["readout", "labels", "set", "few [95 %]", "many [95 %]", "many less few"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    before = {level.label: level for level in few}
+    for level in many:
+        if level.label not in before:
+            continue
+        small = before[level.label]
+        counts = " and ".join(f"{_labels(one):,}" for one in (small, level))
+        for name, held_out in sets.items():
+            lines.append(
+                _row([
+                    level.label, counts, name, _interval(cell(small, name, held_out).accuracy),
+                    _interval(cell(level, name, held_out).accuracy),
+                    _interval(_gain(level.runs, small.runs, name, held_out), sign="+"),
+                ])
+            )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _labels(level: Level) -> int:
+    """Labelled pairs that stage 2 read."""
+    run = next(iter(level.runs.values()))
+    return int(run["configs"]["stage 2"]["train"]["length"])
 
 
 def subset_table(levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:

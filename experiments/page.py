@@ -10,6 +10,7 @@ from experiments import rlhf_report
 from experiments.factor_figure import factor_figure
 from experiments.factor_table import (
     factor_table,
+    labels_table,
     levels_of,
     overview,
     subset_table,
@@ -22,6 +23,8 @@ from gram_jax.figures import save_svg
 
 RLHF = "rlhf"
 """The folder of `experiments.rlhf`, among those of tasks."""
+LABELS = ("docstrings", "docstrings-labels")
+"""One task with few and with many labelled pairs; its held-out pairs are the same."""
 _BLOCK = re.compile(r"(<!-- (?P<name>[\w/+-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,6 +41,12 @@ def tables(folder: Path) -> dict[str, str]:
             if levels:
                 found[f"{task}/{name}"] = factor_table(factor, levels, sets)
                 found[f"{task}/{name}/subsets"] = subset_table(levels, sets)
+    few, many = (folder / name for name in LABELS)
+    if few.is_dir() and many.is_dir():
+        readout = FACTORS["readout"]
+        found["labels"] = labels_table(
+            levels_of(few, readout), levels_of(many, readout), read_sets(many)
+        )
     if (folder / RLHF).is_dir():
         found |= rlhf_report.tables(folder / RLHF)
     return found

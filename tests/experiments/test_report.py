@@ -9,6 +9,7 @@ from experiments.factor_figure import factor_figure
 from experiments.factor_table import (
     cell,
     factor_table,
+    labels_table,
     levels_of,
     longer,
     overview,
@@ -94,6 +95,23 @@ def test_the_table_names_each_level_and_the_length_baseline(kept):
     assert lines[6].startswith("What GRAM reports: with few labels")
     assert "0.156 [" in lines[2] and "0.125, 0.188 | -0.406 [" in lines[2]
     assert "0.375 [" in lines[4]
+
+
+def test_few_labels_and_many_are_compared_on_the_same_pairs(kept):
+    few = levels_of(kept / "task", FACTORS["pairs"])[1]
+    runs = {seed: json.loads(json.dumps(run)) for seed, run in few.runs.items()}
+    for one in runs.values():
+        one["sets"]["in"]["outcomes"] = "22222222"
+        one["configs"] = {"stage 2": {"train": {"length": 14004.0}}}
+    for one in few.runs.values():
+        one["configs"] = {"stage 2": {"train": {"length": 2000.0}}}
+    many = few._replace(runs=runs, base=runs)
+    sets = {"in": HeldOut(PROMPTS, [""] * 8, "22000011")}
+    lines = labels_table([few], [many], sets).splitlines()
+    assert len(lines) == 3
+    # "22220000" and "22222000" of 8.
+    assert lines[2].startswith("| all | 2,000 and 14,004 | in | 0.562 [")
+    assert "| 1.000 [1.000, 1.000] | +0.438 [+" in lines[2]
 
 
 def test_each_subset_has_the_accuracy_of_its_own_pairs(kept):

@@ -13,6 +13,8 @@ from experiments.settings import Factor, Setting
 from gram_jax.bootstrap import Interval, clustered_mean
 
 Run = dict[str, Any]
+_WIDE = 2
+"""Sets for which a table has columns of everything."""
 
 
 class Level(NamedTuple):
@@ -79,24 +81,28 @@ def longer(held_out: HeldOut) -> Interval:
 
 
 def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
-    """Markdown: a row per level, with accuracy, seeds and gain on each set; what the paper says."""
+    """Markdown: a row per level, with accuracy and gain on each set; what the paper says.
+
+    Two sets have a column for the gain and one for the accuracy of each seed. Of more, the gain
+    stands below the accuracy, and the seeds are in the figure only.
+    """
+    wide = len(sets) <= _WIDE
     head = [factor.title]
     for name in sets:
-        head += [f"{name} [95 %]", "seeds", "over the base"]
+        head += [f"{name} [95 %]", "seeds", "over the base"] if wide else [f"{name} [95 %]"]
     lines = [_row(head), _row(["---"] * len(head))]
     for level in levels:
         row = [f"**{level.label}**" if level.is_base else level.label]
         for name, held_out in sets.items():
             one = cell(level, name, held_out)
-            row += [
-                _interval(one.accuracy),
-                ", ".join(f"{a:.3f}" for a in one.seeds),
-                "–" if one.gain is None else _interval(one.gain, sign="+"),
-            ]
+            accuracy = _interval(one.accuracy)
+            gain = "–" if one.gain is None else _interval(one.gain, sign="+")
+            seeds = ", ".join(f"{a:.3f}" for a in one.seeds)
+            row += [accuracy, seeds, gain] if wide else [f"{accuracy}<br>{gain}"]
         lines.append(_row(row))
     row = ["longer wins (tokens)"]
     for held_out in sets.values():
-        row += [_interval(longer(held_out)), "", ""]
+        row += [_interval(longer(held_out)), *(["", ""] if wide else [])]
     lines.append(_row(row))
     lines += ["", f"What GRAM reports: {factor.paper[0].lower()}{factor.paper[1:]}"]
     if factor.note:

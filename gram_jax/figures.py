@@ -274,7 +274,7 @@ def save_svg(figure: Figure, path: Path) -> None:
     """Writes a figure as SVG; the same figure gives the same bytes, whatever day it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Ids are hashed with this salt, by default a random one.
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": "gram_jax", "svg.fonttype": "path"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 

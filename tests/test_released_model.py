@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from experiments.smollm2 import gguf_file
+from experiments.smollm2_file import gguf_file
 from gram_jax.checkpoints import load_model
 from gram_jax.config import ComputeConfig
 from gram_jax.data.judge import JudgeTemplate

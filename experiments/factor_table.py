@@ -18,16 +18,12 @@ _WIDE = 2
 
 
 class Level(NamedTuple):
-    """A level of a factor, and what was run of it, by seed."""
+    """A level of a factor, and what was run of it and of the factor's base, by seed."""
 
     label: str
-    setting: Setting
+    is_base: bool
     runs: dict[int, Run]
     base: dict[int, Run]
-
-    @property
-    def is_base(self) -> bool:
-        return self.runs == self.base
 
 
 class Cell(NamedTuple):
@@ -48,7 +44,7 @@ def levels_of(folder: Path, factor: Factor) -> list[Level]:
     """The levels that were run; none where only the base was."""
     base = read_runs(folder, factor.base)
     found = [
-        Level(label, setting, runs, base)
+        Level(label, setting == factor.base, runs, base)
         for label, setting in factor.levels.items()
         if (runs := read_runs(folder, setting))
     ]

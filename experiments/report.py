@@ -35,16 +35,15 @@ _CHECK = flags.DEFINE_bool(
 def main(_: list[str]) -> None:
     page = Path(_PAGE.value)
     before = page.read_text(encoding="utf-8")
-    found = tables(Path(_RESULTS.value))
-    after = filled(before, found)
+    after, count = filled(before, tables(Path(_RESULTS.value)))
     if _CHECK.value:
         if before != after:
             raise UserError(f"{page} is not what the runs give; run python -m experiments.report")
-        print(f"{page}: {len(found)} tables are what the runs give")
+        print(f"{page}: {count} tables are what the runs give")
         return
     page.write_text(after, encoding="utf-8")
-    drawn = draw(Path(_RESULTS.value), page.parent / IMAGES)
-    print(f"{page}: {len(found)} tables; {drawn} figures in {page.parent / IMAGES}")
+    drawn = draw(Path(_RESULTS.value), page.parent / IMAGES, after)
+    print(f"{page}: {count} tables; {drawn} figures in {page.parent / IMAGES}")
 
 
 if __name__ == "__main__":

@@ -326,7 +326,9 @@ class TrainConfig:
 
     length: float = setting(100.0, "How long to train, in length_unit.")
     length_unit: str = setting(
-        "steps", "Unit of length.", choices=("steps", "epochs", "tokens", "pairs")
+        "steps",
+        "Unit of length; a pair that a judge sees in both orders is one.",
+        choices=("steps", "epochs", "tokens", "pairs"),
     )
     batch_rows: int = setting(8, "Rows per optimiser step, over all devices.")
     accumulate: int = setting(1, "Parts a step's rows are computed in, one after the other.")

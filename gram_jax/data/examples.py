@@ -60,6 +60,11 @@ class Layout:
         return self.reading != "text"
 
     @property
+    def comparisons(self) -> int:
+        """How often a pair of responses is compared: a judge sees it in both orders."""
+        return 2 if self.reading == "judge" and self.orders == "both" else 1
+
+    @property
     def readouts(self) -> bool:
         """A sequence is scored by the hidden state of its last token."""
         return self.reading in ("judge", "head")

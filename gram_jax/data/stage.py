@@ -36,11 +36,14 @@ class StageData:
         return self.train.sets[0].shape.sequences
 
     def per_row(self, weights: Sequence[float]) -> dict[str, float]:
-        """How many epochs, tokens and pairs a row is, in the mean."""
+        """How many epochs, tokens and pairs a row is, in the mean.
+
+        A pair that a judge sees in both orders is one.
+        """
         return {
             "epochs": 1 / len(self.train),
             "tokens": self.train.mean("tokens", weights),
-            "pairs": self.train.mean("pairs", weights),
+            "pairs": self.train.mean("pairs", weights) / self.layout.comparisons,
         }
 
     def identity(self) -> list[str]:

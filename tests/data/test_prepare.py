@@ -376,6 +376,30 @@ def stage(folder, **data):
     return config, stage_data(config, TOKENIZER, folder, replace=False, quiet=True)
 
 
+@pytest.mark.parametrize("orders", ["both", "random"])
+def test_a_pair_that_a_judge_sees_in_both_orders_counts_once(tmp_path, orders):
+    """So that a length in pairs is as many labels for a judge as for any other reading."""
+    template = tmp_path / "judge.toml"
+    words = "{question} w3 {response_a} w4 {response_b} w5"
+    template.write_text(f'labels = ["w1", "w2"]\nprompt = "{words}"\n')
+    config = Config(
+        data=DataConfig(
+            train=(write(tmp_path / "pairs.jsonl", pairs(60)),),
+            format="preferences",
+            row_length=256,
+            judge_template=str(template),
+            judge_orders=orders,
+            workers=1,
+        ),
+        objective=ObjectiveConfig(name="judge"),
+    )
+    data = stage_data(config, TOKENIZER, tmp_path / "data", replace=False, quiet=True)
+    per_row = data.per_row(())
+    assert per_row["pairs"] * len(data.train) == pytest.approx(60)
+    length = TrainConfig(length=60, length_unit="pairs", batch_rows=1)
+    assert num_steps(length, per_row) == len(data.train)
+
+
 def test_a_stage_mixes_text_and_responses_by_weight(tmp_path):
     a = write(tmp_path / "a.jsonl", texts(200))
     b = write(tmp_path / "b.jsonl", responses(300))

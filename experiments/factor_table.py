@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,11 +44,19 @@ def levels_of(folder: Path, factor: Factor) -> list[Level]:
     """The levels that were run; none where only the base was."""
     base = read_runs(folder, factor.base)
     found = [
-        Level(label, setting == factor.base, runs, base)
+        Level(label, setting == factor.base, runs, _of_every_seed(base, runs))
         for label, setting in factor.levels.items()
         if (runs := read_runs(folder, setting))
     ]
     return found if any(not level.is_base for level in found) else []
+
+
+def _of_every_seed(base: dict[int, Run], seeds: Iterable[int]) -> dict[int, Run]:
+    """The base, for these seeds as well if it is a published model that was not trained."""
+    run = next(iter(base.values()), None)
+    if run is None or run["training"] or not run["scale"].get("pretrained"):
+        return base
+    return dict.fromkeys(seeds, run)
 
 
 def cell(level: Level, name: str, held_out: HeldOut) -> Cell:

@@ -3,6 +3,7 @@
   python -m experiments.generalisation --task=docstrings
   python -m experiments.generalisation --task=docstrings --scale=labels --level=judge
   python -m experiments.generalisation --task=preferences --data=DATA
+  python -m experiments.generalisation --task=docstrings --scale=pretrained --pretrained=FOLDER
 
 Each factor changes one thing of a base (experiments/settings.py): stage 1, label smoothing,
 readout, tokens of stage 1, model size, labelled pairs, adaptation. Every setting is run with each
@@ -14,8 +15,8 @@ What --scale makes of it:
 
   cpu         small models, a few hours of one core (default)
   labels      all labelled pairs of the docstring task instead of 2,000; varies the readout
-  pretrained  preferences, from the language model in --pretrained=FOLDER instead of random
-              weights; `python -m experiments.smollm2` makes such a folder without a hub
+  pretrained  few pairs, from the language model in --pretrained=FOLDER instead of random weights;
+              `python -m experiments.smollm2` makes such a folder without a hub
   gpu         120 million parameters, all of the text, all pairs several times: for a machine with
               an accelerator (--workers=1 there)
 
@@ -37,7 +38,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import results, training
-from experiments.settings import FACTORS, Setting, settings_of, usual_factors
+from experiments.settings import FACTORS, Setting, runs_of, settings_of, usual_factors
 from experiments.tasks import SCALES, SMOKE, TASKS, Scale, Task, make_task
 from gram_jax import entry
 from gram_jax.errors import UserError
@@ -72,8 +73,7 @@ def main(_: list[str]) -> None:
     results.write_sets(task, kept)
     missing = [
         (setting, seed)
-        for seed in seeds  # so that each factor has one seed of every level early
-        for setting in settings
+        for setting, seed in runs_of(settings, seeds, pretrained=scale.pretrained)
         if not results.is_done(kept, setting, seed, task)
     ]
     print(f"{name}: {len(settings)} settings x {len(seeds)} seeds, {len(missing)} runs to do")

@@ -58,6 +58,11 @@ class Setting:
         """The base with this one's stage 1: settings that share it start from one checkpoint."""
         return dataclasses.replace(BASE, stage_1=self.stage_1, tokens=self.tokens, width=self.width)
 
+    @property
+    def untrained(self) -> bool:
+        """Nothing is trained: a model as it is published is read."""
+        return self.stage_1 == "none" and not self.pairs
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -211,3 +216,18 @@ def settings_of(factors: Sequence[str], labels: Collection[str] = ()) -> list[Se
         levels = FACTORS[name].levels
         found += [setting for label, setting in levels.items() if not labels or label in labels]
     return list(dict.fromkeys(found))
+
+
+def runs_of(
+    settings: Sequence[Setting], seeds: Sequence[int], *, pretrained: bool
+) -> list[tuple[Setting, int]]:
+    """Each setting with each seed, a seed after the other, so that each has every level early.
+
+    A published model that is read as it is has no seed: it has the first one only.
+    """
+    return [
+        (setting, seed)
+        for seed in seeds
+        for setting in settings
+        if seed == seeds[0] or not (pretrained and setting.untrained)
+    ]

@@ -6,7 +6,7 @@
                 prompts; out: LLMBar, HHH, and hh-rlhf's harmless set
 
 At the scale ``pretrained`` models start from a published language model instead of random weights,
-and prompts are chat messages, as such a model expects.
+and the prompts of preferences are chat messages, as such a model expects.
 
 The files of a task are the same for every seed of a run, so that accuracies can be compared pair by
 pair; a seed decides weights, the order of rows, and which labelled pairs are drawn.
@@ -80,6 +80,10 @@ SCALES = {
     "docstrings": {
         "cpu": _DOCSTRINGS,
         "labels": dataclasses.replace(_DOCSTRINGS, pairs=1_000_000),
+        "pretrained": Scale(
+            vocabulary=0, hidden_size=0, layers=0, tokens=100_000, text_row=512, pair_row=512,
+            text_rows=4, pairs=320, step_pairs=10, evaluated=30, pretrained=True, rate=0.1,
+        ),
         "gpu": Scale(
             vocabulary=16384, hidden_size=768, layers=14, tokens=3_000_000, text_row=1024,
             pair_row=1024, text_rows=8, pairs=1_000_000, step_pairs=64, evaluated=400, epochs=3,

@@ -16,8 +16,8 @@ from experiments.factor_table import (
     subset_table,
 )
 from experiments.page import filled, tables
-from experiments.results import RESULTS, HeldOut, digits, outcomes
-from experiments.settings import ALL, BASE, FACTORS, settings_of
+from experiments.results import RESULTS, HeldOut, digits, outcomes, path_of
+from experiments.settings import ALL, BASE, FACTORS, runs_of, settings_of
 from gram_jax.errors import UserError
 
 PROMPTS = [0, 0, 1, 2, 3, 3, 4, 5]
@@ -71,6 +71,26 @@ def test_levels_are_named_by_their_labels_and_the_base_is_always_run():
     assert settings_of(["readout"], ["judge"]) == [BASE, judge]
     assert settings_of(["readout"], ["likelihood, sum"]) == [BASE]
     assert settings_of(["readout"]) == [BASE, *list(FACTORS["readout"].levels.values())[1:]]
+
+
+def test_a_published_model_that_is_not_trained_has_one_seed_and_is_the_base_of_all(kept):
+    factor = FACTORS["pretrained"]
+    judge = factor.levels["judge"]
+    seeds = [(factor.base, 4), (judge, 4), (judge, 5)]
+    assert runs_of([factor.base, judge], [4, 5], pretrained=True) == seeds
+    assert (factor.base, 5) in runs_of([factor.base, judge], [4, 5], pretrained=False)
+    for (setting, seed), text in zip(seeds, ("22220000", "22222200", "22222220"), strict=True):
+        record = run(setting, seed, text) | {"scale": {"pretrained": True}}
+        if setting == factor.base:
+            record["training"] = {}
+        path = path_of(kept / "task", setting, seed)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record))
+    base, trained = levels_of(kept / "task", factor)
+    held_out = HeldOut(PROMPTS, [""] * 8, "22000011")
+    assert cell(base, "in", held_out).seeds == [0.5]
+    # Over both seeds, though the base has only the first.
+    assert cell(trained, "in", held_out).gain.value == pytest.approx((2 + 3) / 16)
 
 
 def test_a_cell_is_the_mean_over_seeds_and_the_gain_is_on_the_same_pairs(kept):

@@ -85,7 +85,7 @@ def estimate_step(
     step: AbstractStep, mesh: AbstractMesh, where: Slice, flops: float, bandwidth: Bandwidth
 ) -> Estimate:
     """The same of a step that is there already, which computes so many FLOPs on a device."""
-    parts = _Parts(step, dict(mesh.shape))
+    parts = _Parts(step, dict(mesh.shape), where)
     memory = parts.memory(where)
     sent = parts.sent()
     traffic = parts.traffic(memory)
@@ -104,7 +104,7 @@ def estimate_step(
 class _Parts:
     """The formulas; all numbers are of one device."""
 
-    def __init__(self, step: AbstractStep, mesh: dict[str, int]):
+    def __init__(self, step: AbstractStep, mesh: dict[str, int], where: Slice):
         c = step.config
         m, self.step, self.mesh, self.remat = c.model, step, mesh, c.compute.remat
         self.training = step.name == "train"
@@ -116,6 +116,9 @@ class _Parts:
         self.heads = (m.num_heads * m.head_dim) // t
         self.keys = (m.num_kv_heads * m.head_dim) // t
         self.features = m.intermediate_size // t
+        # Plain XLA attention, what GPUs take by default, has an array of all of a layer's scores.
+        plain = where.chip.platform == "gpu" and c.compute.attention in ("auto", "xla")
+        self.scores = self.tokens * c.data.row_length * self.heads // m.head_dim * plain
         self.layers = m.num_layers
         self.layer = sum(math.prod(shape_of(BLOCK_DIMS[n], m)) for n in block_weights(m)) // t
         batch = step.arguments[-1]
@@ -135,9 +138,13 @@ class _Parts:
         temporary = 2 * 2 * self.layer  # two layers' weights, gathered
         # The whole of one layer, twice: its values, and what is computed of them.
         temporary += 2 * 2 * self.tokens * everything
+        # Scores and their exponentials, or these and their gradient.
+        temporary += 2 * 4 * self.scores
         temporary += self.vocabulary * 2 + 3 * _HEAD_LOGITS * (self.targets > 0)
         if self.training:
             temporary += self.layers * 2 * self.tokens * saved
+            # Products of a batch are never saved by remat="matmuls".
+            temporary += self.layers * (4 + 2) * self.scores * (self.remat == "none")
             gradients = optimizer // 2
             temporary += gradients * (1 if self.step.parts == 1 else 2)
             temporary += 4 * self.trained_vocabulary
@@ -166,7 +173,8 @@ class _Parts:
         if self.training:
             passes = {"full": 4, "matmuls": 3, "none": 3}[self.remat]
         a_token = 2 * (12 * self.width + 3 * (self.heads + 2 * self.keys + 3 * self.features))
-        layers = passes * self.layers * (self.tokens * a_token + 3 * 2 * self.layer)
+        layers = self.tokens * a_token + 3 * 2 * self.layer + 3 * 4 * self.scores
+        layers *= passes * self.layers
         chunks = 0.0
         if self.targets:
             at_once = self.step.config.compute.logprob_chunk or max(

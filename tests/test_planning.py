@@ -21,7 +21,14 @@ from gram_jax.abstract_step import abstract_step, argument_bytes, with_model
 from gram_jax.arithmetic import abstract_mesh, estimate
 from gram_jax.chips import CHIPS, Slice, parse_topology
 from gram_jax.collectives import Collective, collectives, group_axes, grouped
-from gram_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TrainConfig
+from gram_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    TrainConfig,
+)
 from gram_jax.errors import UserError
 from gram_jax.flops import device_flops
 from gram_jax.hlo import Instruction, parse
@@ -372,6 +379,26 @@ def test_a_gpu_slice_is_planned_by_arithmetic():
     assert 0 < found.roofline.mfu < 1
     wide = estimate(config(model=tiny.config(hidden_size=64)), H100)
     assert wide.memory.total > found.memory.total and wide.flops > found.flops
+
+
+def test_scores_of_whole_rows_are_planned_for_gpus_unless_a_kernel_does_without():
+    """rows x heads x T^2 in float32, twice, on each device; with remat once a layer, else in all."""
+
+    def planned(attention, remat="full"):
+        compute = ComputeConfig(remat=remat, attention=attention)
+        return estimate(config(data=DataConfig(row_length=512), compute=compute), H100)
+
+    def more(remat):
+        plain, kernel = planned("auto", remat), planned("flash", remat)
+        assert plain.memory.temporary == planned("xla", remat).memory.temporary
+        assert plain.traffic > kernel.traffic
+        return plain.memory.temporary - kernel.memory.temporary
+
+    c = config()
+    # A part of 8 rows over data x fsdp = 4, heads over tensor = 2.
+    scores = 2 * c.model.num_heads // 2 * 512**2
+    assert more("full") == more("matmuls") == 8 * scores
+    assert more("none") == (8 + 6 * c.model.num_layers) * scores
 
 
 def test_a_scoring_step_is_planned_without_an_optimiser():

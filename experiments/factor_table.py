@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,13 +115,17 @@ def factor_table(factor: Factor, levels: Sequence[Level], sets: Mapping[str, Hel
     return "\n".join(lines) + "\n"
 
 
-def labels_table(few: Sequence[Level], many: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
+def labels_table(
+    none: Level, few: Sequence[Level], many: Sequence[Level], sets: Mapping[str, HeldOut]
+) -> str:
     """Markdown: levels with few and with many labelled pairs, on the same held-out pairs.
 
     Args:
+      none: the base without labels, beside the level that is the base.
       few, many: levels of one factor at two scales; compared where both have one.
     """
-    head = ["readout", "labels", "set", "few [95 %]", "many [95 %]", "many less few"]
+    head = ["readout", "labels", "set", "none [95 %]", "few [95 %]", "many [95 %]"]
+    head += ["many less few", "many less none"]
     lines = [_row(head), _row(["---"] * len(head))]
     before = {level.label: level for level in few}
     for level in many:
@@ -129,13 +134,14 @@ def labels_table(few: Sequence[Level], many: Sequence[Level], sets: Mapping[str,
         small = before[level.label]
         counts = " and ".join(f"{_labels(one):,}" for one in (small, level))
         for name, held_out in sets.items():
-            lines.append(
-                _row([
-                    level.label, counts, name, _interval(cell(small, name, held_out).accuracy),
-                    _interval(cell(level, name, held_out).accuracy),
-                    _interval(_gain(level.runs, small.runs, name, held_out), sign="+"),
-                ])
-            )  # fmt: skip
+            levels = [none, small, level] if level.is_base else [small, level]
+            cells = [_interval(cell(one, name, held_out).accuracy) for one in levels]
+            gains = [
+                _interval(_gain(level.runs, one.runs, name, held_out), sign="+")
+                for one in reversed(levels[:-1])
+            ]
+            missing = [] if level.is_base else ["–"]
+            lines.append(_row([level.label, counts, name, *missing, *cells, *gains, *missing]))
     return "\n".join(lines) + "\n"
 
 
@@ -162,6 +168,20 @@ def subset_table(levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
             means = [_interval(clustered_mean(one.mean(axis=0), prompts, seed=0)) for one in found]
             lines.append(_row([name, subset, str(chosen.sum()), *means]))
     return "\n".join(lines) + "\n"
+
+
+def known_table(levels: Sequence[Level], sets: Mapping[str, HeldOut]) -> str:
+    """Markdown: a row for the pairs of each set that share words with the text, and for the rest.
+
+    Of the sets of which it is known (`HeldOut.known`).
+    """
+    names = ("shares no 8 words with the text", "shares 8 words or more")
+    split = {
+        name: dataclasses.replace(one, subsets=[names[int(digit)] for digit in one.known])
+        for name, one in sets.items()
+        if one.known
+    }
+    return subset_table(levels, split)
 
 
 def overview(runs: Sequence[Run], sets: Mapping[str, HeldOut], left_out: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from experiments import rlhf_report
 from experiments.factor_figure import factor_figure
 from experiments.factor_table import (
     factor_table,
+    known_table,
     labels_table,
     levels_of,
     overview,
@@ -44,11 +45,14 @@ def tables(folder: Path) -> dict[str, Table]:
             if levels:
                 found[f"{task}/{name}"] = partial(factor_table, factor, levels, sets)
                 found[f"{task}/{name}/subsets"] = partial(subset_table, levels, sets)
+                found[f"{task}/{name}/known"] = partial(known_table, levels, sets)
     few, many = (folder / name for name in LABELS)
     if few.is_dir() and many.is_dir():
         readout = FACTORS["readout"]
         both = levels_of(few, readout), levels_of(many, readout)
-        found["labels"] = partial(labels_table, *both, read_sets(many))
+        for level in levels_of(few, FACTORS["pairs"]):
+            if level.label == "0":
+                found["labels"] = partial(labels_table, level, *both, read_sets(many))
     if (folder / RLHF).is_dir():
         policies = rlhf_report.tables(folder / RLHF)
         found |= {name: partial(str, table) for name, table in policies.items()}

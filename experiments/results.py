@@ -22,6 +22,7 @@ from experiments.tasks import Scale, Task
 from experiments.training import Trained
 from gram_jax.config import Config
 from gram_jax.config_rules import to_dict
+from gram_jax.data.ngrams import Keys, distinct_keys, shares_one
 from gram_jax.data.sources import read_jsonl
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
@@ -30,6 +31,9 @@ from gram_jax.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 SETS = "sets.json"
+_WORDS = 8
+"""In a row, of a response and of the text: more than chance, as of docstrings that share a
+paragraph."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,14 @@ class HeldOut:
       prompts: [n], a number for each different prompt.
       subsets: [n].
       longer: [n], outcomes of preferring the response of more tokens.
+      known: [n], 1 where a response has 8 words in a row that the text of stage 1 has, 0 where none
+        has; empty where nobody looked.
     """
 
     prompts: list[int]
     subsets: list[str]
     longer: str
+    known: str = ""
 
 
 def write_sets(task: Task, folder: Path) -> None:
@@ -56,6 +63,9 @@ def write_sets(task: Task, folder: Path) -> None:
     path = folder / SETS
     tokenizer = Tokenizer.load(task.tokenizer)
     sets = {}
+    keys = None
+    if task.name == "docstrings":  # of other texts too many are read by parts of the sizes here
+        keys = distinct_keys((row["text"] for _, row in read_jsonl(task.text)), _WORDS)
     for name, file in task.sets.items():
         rows = [row for _, row in read_jsonl(file)]
         prompts = [json.dumps(row["prompt"]) for row in rows]  # which may be messages
@@ -66,6 +76,7 @@ def write_sets(task: Task, folder: Path) -> None:
             [numbers[prompt] for prompt in prompts],
             [row.get("subset", "") for row in rows],
             digits(lengths[:, 0] - lengths[:, 1]),
+            "" if keys is None else _known(rows, keys),
         )
         sets[name] = dataclasses.asdict(held_out)
     kept = {"digests": dict(task.digests), "left_out": dict(task.left_out), "sets": sets}
@@ -76,6 +87,13 @@ def write_sets(task: Task, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept) + "\n")
+
+
+def _known(rows: Sequence[dict[str, Any]], keys: Keys) -> str:
+    found = (
+        any(shares_one(row[side], _WORDS, keys) for side in ("chosen", "rejected")) for row in rows
+    )
+    return "".join("01"[one] for one in found)
 
 
 def read_sets(folder: Path) -> dict[str, HeldOut]:

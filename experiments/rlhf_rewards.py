@@ -6,6 +6,7 @@ is complete in the work folder is left as it is; what was interrupted goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -200,7 +201,11 @@ def _write_accuracy(work: Work, seed: int, name: str) -> None:
     if path.is_file():
         return
     folder = work.reward(seed, name)
-    scorer = Scorer(load_model(folder, ComputeConfig()), stored_settings(folder))
+    settings = stored_settings(folder)
+    if settings.reading == "likelihood":
+        # As GRPO reads it (experiments/rlhf_tunix.py), not the sum that it was trained as.
+        settings = dataclasses.replace(settings, average="mean")
+    scorer = Scorer(load_model(folder, ComputeConfig()), settings)
     found = {}
     for which in ("in", "out"):
         rows = [row for _, row in read_jsonl(work.data / f"pairs_{which}.jsonl")]

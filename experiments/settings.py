@@ -101,7 +101,8 @@ FACTORS = {
         "Stage 1",
         {name: _one(stage_1=name) for name in STAGES_1},
         "Without stage 1 accuracy drops, most of all out of distribution.",
-        "Each kind of stage 1 reads the same number of tokens.",
+        "Each kind of stage 1 reads the same number of tokens; of pairs, prompts are read and not"
+        " predicted. Pairs alone are trained at the rate of text, after text at a third of it.",
     ),
     "smoothing": Factor(
         "Label smoothing",
@@ -122,7 +123,8 @@ FACTORS = {
         "The generative judge beats the discriminative head out of distribution by several points;"
         " in distribution the head can be better. A frozen trunk and a text-generation regulariser"
         " narrow the gap and do not close it.",
-        "All but the mean start from one stage 1 and see the same labels with the same e.",
+        "All start from one stage 1 and see the same labels with the same e; a judge sees each pair in"
+        " both orders, and a head's scores are kept near zero (centring = 0.01).",
     ),
     "tokens": Factor(
         "Tokens of stage 1",

@@ -382,7 +382,7 @@ def test_a_gpu_slice_is_planned_by_arithmetic():
 
 
 def test_scores_of_whole_rows_are_planned_for_gpus_unless_a_kernel_does_without():
-    """rows x heads x T^2 in float32, twice, on each device; with remat once a layer, else in all."""
+    """rows x heads x T^2 in float32, twice, on each device; of all layers without remat."""
 
     def planned(attention, remat="full"):
         compute = ComputeConfig(remat=remat, attention=attention)

@@ -44,6 +44,7 @@ def test_a_run_is_kept_with_what_it_said_of_every_pair_and_not_done_again(work):
     for name in ("in", "out"):
         text = record["sets"][name]["outcomes"]
         assert len(text) == len(sets[name]["prompts"]) == len(sets[name]["longer"]) == 20
+        assert set(sets[name]["known"]) <= {"0", "1"} and len(sets[name]["known"]) == 20
         assert record["sets"][name]["accuracy"] == sum(map(int, text)) / 40
     assert set(record["training"]) == {"stage 1, text", "stage 1, pairs", "stage 2"}
     assert record["configs"]["stage 2"]["objective"]["name"] == "smoothed_pairwise"

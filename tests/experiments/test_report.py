@@ -9,6 +9,7 @@ from experiments.factor_figure import factor_figure
 from experiments.factor_table import (
     cell,
     factor_table,
+    known_table,
     labels_table,
     levels_of,
     longer,
@@ -131,7 +132,7 @@ def test_of_many_sets_the_gain_stands_below_the_accuracy(kept):
 
 
 def test_few_labels_and_many_are_compared_on_the_same_pairs(kept):
-    few = levels_of(kept / "task", FACTORS["pairs"])[1]
+    none, few = levels_of(kept / "task", FACTORS["pairs"])
     runs = {seed: json.loads(json.dumps(run)) for seed, run in few.runs.items()}
     for one in runs.values():
         one["sets"]["in"]["outcomes"] = "22222222"
@@ -140,11 +141,28 @@ def test_few_labels_and_many_are_compared_on_the_same_pairs(kept):
         one["configs"] = {"stage 2": {"train": {"length": 2000.0}}}
     many = few._replace(runs=runs, base=runs)
     sets = {"in": HeldOut(PROMPTS, [""] * 8, "22000011")}
-    lines = labels_table([few], [many], sets).splitlines()
+    lines = labels_table(none, [few], [many], sets).splitlines()
     assert len(lines) == 3
-    # "22220000" and "22222000" of 8.
-    assert lines[2].startswith("| all | 2,000 and 14,004 | in | 0.562 [")
-    assert "| 1.000 [1.000, 1.000] | +0.438 [+" in lines[2]
+    # "20000000" and "12000000", "22220000" and "22222000" of 8.
+    assert lines[2].startswith("| all | 2,000 and 14,004 | in | 0.156 [")
+    cells = lines[2].split(" | ")
+    assert cells[4].startswith("0.562 [") and cells[5] == "1.000 [1.000, 1.000]"
+    assert cells[6].startswith("+0.438 [+") and cells[7].startswith("+0.844 [+")
+    # Without labels there is only the reading of the base.
+    other = few._replace(label="judge", is_base=False)
+    lines = labels_table(none, [other], [other], sets).splitlines()
+    cells = lines[2].removesuffix(" |").split(" | ")
+    assert cells[3] == cells[7] == "–" and cells[6] == "+0.000 [+0.000, +0.000]"
+
+
+def test_pairs_that_share_words_with_the_text_have_a_row_of_their_own(kept):
+    levels = levels_of(kept / "task", FACTORS["pairs"])
+    held_out = HeldOut(PROMPTS, [""] * 8, "22000011", "11111000")
+    lines = known_table(levels, {"in": held_out, "b": HeldOut(PROMPTS, [""] * 8, "22000011")})
+    rows = lines.splitlines()[2:]
+    assert len(rows) == 2
+    assert rows[0].startswith("| in | shares 8 words or more | 5 | 0.250 [")
+    assert rows[1].startswith("| in | shares no 8 words with the text | 3 | 0.000 [")
 
 
 def test_each_subset_has_the_accuracy_of_its_own_pairs(kept):

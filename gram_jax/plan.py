@@ -9,8 +9,9 @@ figures of the chips (gram_jax/chips.py). Compiled, not measured. Exit status 1:
 
 More examples:
 
-  # A GPU slice, by arithmetic alone
-  python -m gram_jax.plan --config=configs/llama3_8b_pretrain.py --topology=h100:64
+  # A GPU slice, by arithmetic alone; long rows want attention that holds no scores
+  python -m gram_jax.plan --config=configs/llama3_8b_pretrain.py --topology=h100:64 \\
+      --config.compute.attention=flash
   # Every weight, optimiser state and activation: its shape and how it is split
   python -m gram_jax.plan --config=configs/llama3_8b_pretrain.py --topology=v5p:4x4x4 --shardings
   # Which mesh, batch and remat are best there

@@ -1,8 +1,8 @@
 """Compiles the step of a config for a slice of TPUs that is not here, and reads what came out.
 
 The step is the one that training or scoring runs; its arguments are descriptions of arrays. The
-compiler is libtpu's (``pip install gram_jax[plan]``), which needs no TPU. It takes one kind of chip
-per process.
+compiler is libtpu's (``pip install -c constraints.txt -e '.[plan]'``), which needs no TPU. It takes
+one kind of chip per process.
 """
 
 from __future__ import annotations

@@ -127,12 +127,18 @@ def define_flags(*, checkpoint_required: bool = True) -> None:
     flags.DEFINE_integer(
         "batch_rows", 0, "Rows computed at once. 0 = 8192 tokens on CPU, else 16384 per device."
     )
-    flags.DEFINE_bool("add_eos", None, "The end token is part of a response. By default yes.")
+    flags.DEFINE_bool(
+        "add_eos",
+        None,
+        "The end token is part of a response. By default as the model was trained, else yes; no for"
+        " a classifier of others whose padding is its end token.",
+    )
     flags.DEFINE_enum(
         "dtype",
         "auto",
         ["auto", "float32", "bfloat16"],
-        "Of matrix products: auto = float32 on CPU, bfloat16 elsewhere.",
+        "Of matrix products: auto = float32 on CPU, bfloat16 elsewhere. Weights stay float32, 4"
+        " bytes each, and every device holds all of them unless --mesh splits them.",
     )
     flags.DEFINE_float(
         "stall_seconds",

@@ -2,8 +2,8 @@
 
   python -m gram_jax.serve --checkpoint=CHECKPOINT --port=PORT
 
-CHECKPOINT is a folder of ours (a workdir, or one step of it) or a Hugging Face folder. Needs the
-extra `serve`: pip install 'gram_jax[serve]'. docs/serving.md describes the routes:
+CHECKPOINT is a folder of ours (a workdir, or one step of it) or a Hugging Face folder. Needs
+pip install -c constraints.txt -e '.[serve]'. docs/serving.md describes the routes:
 
   /gram/v1/score, /gram/v1/rank, /gram/v1/compare, /gram/v1/model   our own
   /health, /ready                                                   for those who watch
@@ -87,7 +87,7 @@ def main(_: list[str]) -> None:
         from gram_jax.serving.service import Service
     except ModuleNotFoundError as error:
         raise UserError(
-            f"serving needs the package {error.name}; pip install 'gram_jax[serve]'"
+            f"serving needs the package {error.name}; pip install -c constraints.txt -e '.[serve]'"
         ) from None
     limits = Limits(
         body_bytes=_BODY_BYTES.value,

@@ -52,7 +52,8 @@ date. It is what `--help` prints: `python -m gram_jax.score --help`.
 Flags are `--name=value`. Exit status 0: done. 2: something given is wrong; one line says what,
 where, and what to do. 75: stopped by SIGTERM, having saved what is needed to go on; the same
 command goes on. 76: no progress for `--stall_seconds` or `train.stall_seconds`. 130: Ctrl-C. 1: a
-defect, with a traceback; or, of `plan`, that the run does not fit.
+device out of memory (`RESOURCE_EXHAUSTED`) or a defect, with a traceback; of `plan`, that the run
+does not fit; of `serve`, that requests were not finished in time. `docs/hosts.md` has more.
 """
 
 

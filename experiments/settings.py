@@ -123,8 +123,8 @@ FACTORS = {
         "The generative judge beats the discriminative head out of distribution by several points;"
         " in distribution the head can be better. A frozen trunk and a text-generation regulariser"
         " narrow the gap and do not close it.",
-        "All start from one stage 1 and see the same labels with the same e; a judge sees each pair in"
-        " both orders, and a head's scores are kept near zero (centring = 0.01).",
+        "All start from one stage 1 and see the same labels with the same e; a judge sees each pair"
+        " in both orders, and a head's scores are kept near zero (centring = 0.01).",
     ),
     "tokens": Factor(
         "Tokens of stage 1",

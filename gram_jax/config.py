@@ -345,7 +345,9 @@ class TrainConfig:
     )
     log_every: int = setting(10, "Steps between log lines.", resume=FREE)
     validate_every: int = setting(0, "Steps between validations; 0 = only at the end.", resume=FREE)
-    validation_rows: int = setting(64, "At most so many rows are validated on.", resume=FREE)
+    validation_rows: int = setting(
+        64, "At most so many rows are validated on, spread evenly over all.", resume=FREE
+    )
     wandb_project: str = setting(
         "",
         "Project at Weights & Biases that metrics go to as well; '' = none (docs/metrics.md).",

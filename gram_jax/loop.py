@@ -266,15 +266,21 @@ class _Stage:
         self.progress.update(step, shown)
 
     def _validate(self, step: int) -> bool:
-        """Mean metrics over the first validation rows; False where there are none."""
+        """Mean metrics over validation rows; False where there are none, or the loss is no number.
+
+        The rows are spread over all of them: packing puts long examples first, and sources lie end
+        to end, so the first rows would be the longest examples of the first source.
+        """
         if self.data.validation is None:
             return False
         c, rows = self.config, self.data.validation
         count = min(len(rows), c.train.validation_rows)
+        spread = np.arange(count) * len(rows) // max(count, 1)
         sums: Any = None
         for begin in range(0, count, c.train.batch_rows):
-            numbers = np.arange(begin, begin + c.train.batch_rows)
-            numbers = np.where(numbers < count, numbers, rows.padding)
+            numbers = np.full(c.train.batch_rows, rows.padding)
+            part = spread[begin : begin + c.train.batch_rows]
+            numbers[: len(part)] = part
             found = self.eval_step(
                 self.state, device_batch(rows, numbers, c.train.accumulate, self.mesh)
             )

@@ -280,7 +280,9 @@ class ObjectiveConfig:
         "e: the probability that a label is wrong. PyTorch's label_smoothing=a over two classes"
         " is e = a/2.",
     )
-    beta: float = setting(1.0, "b: D = b (s_chosen - s_rejected).")
+    beta: float = setting(
+        1.0, "b: D = b (s_chosen - s_rejected); 1 for a judge, whose log-odds have their own scale."
+    )
     average: str = setting(
         "sum",
         "A response's score: the sum of its log-probs or their mean per token.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from gram_jax import __version__, hf, hf_export
 from gram_jax.checkpoints import LoadedModel, load_model
-from gram_jax.config import ComputeConfig, MeshConfig
+from gram_jax.config import READINGS, ComputeConfig, MeshConfig
 from gram_jax.config_rules import to_dict
 from gram_jax.data.judge import JudgeTemplate, label_ids
 from gram_jax.distributed import process_count
@@ -69,7 +69,8 @@ def gram_config(loaded: LoadedModel, settings: RewardSettings) -> dict[str, Any]
         "gram_jax": __version__,
         "reward": settings.reading,
         "average": settings.average,
-        "beta": settings.beta,
+        # As scores are read: a judge's log-odds have their own scale, whatever it was trained with.
+        "beta": 1.0 if settings.reading == "judge" else settings.beta,
         "add_eos": settings.add_eos,
         "max_length": loaded.model.config.max_position,
         "label_smoothing_convention": "probability that a label is wrong",
@@ -139,11 +140,12 @@ A {config.family} decoder of {config.num_parameters():,} parameters. {_WHAT_IT_I
 """
     if run is not None:
         o = run.objective
+        scale = f"beta {o.beta:g}, " if READINGS[o.name] in ("likelihood", "head") else ""
         card += f"""
 ## Training
 
 Made with gram_jax {__version__}. Objective `{o.name}`, label smoothing {o.label_smoothing} (the
-probability that a label is wrong), beta {o.beta}, {run.train.length:g} {run.train.length_unit},
+probability that a label is wrong), {scale}{run.train.length:g} {run.train.length_unit},
 {run.train.batch_rows} rows of {run.data.row_length} tokens a step, learning rate
 {run.optimizer.learning_rate:g}, seed {run.seed}.
 """

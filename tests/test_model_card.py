@@ -1,0 +1,35 @@
+"""What an exported folder says of its reward is how the reward is read."""
+
+import pytest
+import tiny
+
+from gram_jax.checkpoints import LoadedModel
+from gram_jax.config import Config, ObjectiveConfig
+from gram_jax.data.tokenizer import Tokenizer
+from gram_jax.model_card import gram_config, model_card
+from gram_jax.scorer import RewardSettings
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """A model that was trained with an objective."""
+    tokenizer = Tokenizer.train(["A or B, which is better?"], 280)
+    model = tiny.decoder()
+
+    def trained(**objective):
+        config = Config(objective=ObjectiveConfig(**objective))
+        return LoadedModel(model, tokenizer, "tiny", None, config)
+
+    return trained
+
+
+def test_the_beta_of_a_judge_is_1(loaded):
+    """Scoring ignores it, also where an older version has trained with another one."""
+    judge = loaded(name="judge", beta=2.0)
+    settings = RewardSettings(reading="judge", beta=2.0)
+    assert gram_config(judge, settings)["beta"] == 1.0
+    assert "beta" not in model_card(judge, settings)
+    likelihood = loaded(name="smoothed_pairwise", beta=2.0)
+    settings = RewardSettings(reading="likelihood", beta=2.0)
+    assert gram_config(likelihood, settings)["beta"] == 2.0
+    assert "beta 2, 100 steps" in model_card(likelihood, settings)

@@ -11,7 +11,7 @@ there (then without stage 1), or of any other supported one. The data has rows {
 From the recipe: peak rate 2e-5, 2 epochs, length 2048, cosine schedule with a warm-up of 0.1,
 AdamW, clipping at 1.0, bfloat16, full fine-tuning, and label smoothing: its 0.1 is PyTorch's, which
 is e = 0.05 here. Its 65k pairs go in global batches of 128 pairs; here a step is 64 rows, and how
-many comparisons these hold depends on the data: compare `pairs` in the log. Ours, and not tuned:
+many pairs these hold depends on the data: compare `pairs` in the log. Ours, and not tuned:
 the template's words, each pair in both orders (--config.data.judge_orders=random: in one of them),
 beta2 = 0.95, decay 0. For the likelihood reading, set --config.objective.name=smoothed_pairwise
 --config.objective.average=mean --config.objective.beta=2.

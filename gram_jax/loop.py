@@ -237,7 +237,7 @@ class _Stage:
         Raises:
           NotFinite: names the step and the rows.
         """
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = self._numbers(metrics)
         watchdog.progress()
         now = time.perf_counter()
         seconds, self.clock = max(now - self.clock, 1e-9), now
@@ -287,12 +287,20 @@ class _Stage:
             sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
             watchdog.progress()
         denominator, metrics = jax.device_get(sums)
-        self.last_validation = {k: float(v) for k, v in divide(metrics, denominator).items()}
+        self.last_validation = self._numbers(divide(metrics, denominator))
         self.log.write(step, self.last_validation, split="validation")
         shown = {k: v for k, v in self.last_validation.items() if k not in COUNTS}
         text = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
         self.progress.write(f"validation at step {step}, {count} rows: {text}")
         return math.isfinite(self.last_validation["loss"])
+
+    def _numbers(self, metrics: Metrics) -> dict[str, float]:
+        """Metrics as plain numbers; a pair that a judge sees in both orders counts once."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if "pairs" in values:
+            # The step counts comparisons; each order of a pair, which may lie in two steps, is half.
+            values["pairs"] /= self.data.layout.comparisons
+        return values
 
     def _save(self, step: int, validated: bool) -> None:
         metrics = self.last_validation if validated else self.last

@@ -62,18 +62,22 @@ class StageData:
     def text(self) -> list[str]:
         """Lines for a log: a line for each source."""
         return [
-            rows_text(name, one.manifest)
+            rows_text(name, one.manifest, self.layout)
             for name, rows in (("train", self.train), ("validation", self.validation))
             for one in (rows.sets if rows else ())
         ]
 
 
-def rows_text(name: str, m: Manifest) -> str:
-    """A line for a log: what was read and packed for the folder of rows ``name``."""
+def rows_text(name: str, m: Manifest, layout: Layout) -> str:
+    """A line for a log: what was read and packed for the folder of rows ``name``.
+
+    A pair that a judge sees in both orders is one, as in `StageData.per_row`.
+    """
+    pairs = m.packed["pairs"] // layout.comparisons
     what = ", ".join(source["spec"] for source in m.sources)
     return (
         f"{name} {what}: {ExampleCounts(**m.read).text()}; packed into {m.rows:,} rows of"
-        f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs {m.packed['pairs']:,},"
+        f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs {pairs:,},"
         f" spilled {m.packed['spilled']:,}, repeated tokens {m.packed['repeated_tokens']:,}"
     )
 

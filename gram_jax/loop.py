@@ -298,7 +298,7 @@ class _Stage:
         """Metrics as plain numbers; a pair that a judge sees in both orders counts once."""
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         if "pairs" in values:
-            # The step counts comparisons; each order of a pair, which may lie in two steps, is half.
+            # The step counts comparisons: each order of a pair, and they may lie in two steps.
             values["pairs"] /= self.data.layout.comparisons
         return values
 

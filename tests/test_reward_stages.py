@@ -156,7 +156,7 @@ def test_both_orders_are_trained_on_or_one_at_random(data, tmp_path, orders, cou
 
 
 def test_the_log_counts_a_pair_once(data, pretrained, tmp_path):
-    """A judge sees it in both orders, each with half its weight: the weights' sum is their number."""
+    """A judge sees it in both orders, each with half its weight: their sum is the number."""
     asked = config(data, "train", "judge", "preferences", pretrained, steps=1)
     asked.data.validation = (str(data / "held_out.jsonl"),)
     result = run_stage(asked, tmp_path, quiet=True)

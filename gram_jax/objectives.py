@@ -79,7 +79,7 @@ def preference_loss(
     For ``smoothed_pairwise``, s is the response's log-prob (less the reference model's, where there
     is one), summed or per token; for ``bradley_terry`` the head's number. For ``judge``, s_a is
     z_A - z_B of a judge prompt and s_b is 0, so the loss is the cross-entropy of the label over
-    {A, B}; ``judge_full_vocab`` adds -log(p_A + p_B), which makes it that over the whole vocabulary.
+    {A, B}; ``judge_full_vocab`` adds -log(p_A + p_B), so it is that over the whole vocabulary.
     ``centring`` = c adds c (s_a + s_b)^2. ``chosen_ce`` = g adds g times the mean cross-entropy of
     the response labelled better (for ``bradley_terry``, the text-generation regulariser).
     """

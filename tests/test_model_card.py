@@ -33,3 +33,18 @@ def test_the_beta_of_a_judge_is_1(loaded):
     settings = RewardSettings(reading="likelihood", beta=2.0)
     assert gram_config(likelihood, settings)["beta"] == 2.0
     assert "beta 2, 100 steps" in model_card(likelihood, settings)
+
+
+@pytest.mark.parametrize("add_eos", [True, False])
+@pytest.mark.parametrize("average", ["sum", "mean"])
+def test_the_card_of_a_likelihood_says_how_it_is_read(loaded, average, add_eos):
+    settings = RewardSettings(average=average, add_eos=add_eos)
+    text = " ".join(model_card(loaded(name="smoothed_pairwise"), settings).split())
+    mean = average == "mean"
+    assert ("is the mean log-prob of the response's tokens" in text) == mean
+    assert ("is the log-prob of the response's tokens" in text) != mean
+    assert ("and take the mean of the response's log-probs" in text) == mean
+    assert ("and add up the response's log-probs" in text) != mean
+    assert ("given the prompt, end-of-sequence token included" in text) == add_eos
+    assert ("given the prompt, without an end-of-sequence token" in text) != add_eos
+    assert ("apart, append the end-of-sequence token, and" in text) == add_eos

@@ -227,7 +227,9 @@ class DataConfig:
     )
     row_pairs: int = setting(0, "P, pairs per row (preferences); 0 = row_length / 16, at least 32.")
     max_prompt: int = setting(
-        0, "Longest prompt, tokens; longer ones keep BOS and their end. 0 = half a row."
+        0,
+        "Longest prompt, tokens; longer ones keep BOS and their end. 0 = half a row. Not read for a"
+        " judge and format=pairs, where question and responses share the room (docs/judge.md).",
     )
     too_long: str = setting(
         "truncate",
@@ -244,7 +246,8 @@ class DataConfig:
     )
     judge_orders: str = setting(
         "both",
-        "In which orders a judge sees the responses of a pair in training: both, or one at random.",
+        "In which orders a judge sees the responses of a pair, in training and validation: both, or"
+        " one at random.",
         choices=("both", "random"),
     )
     on_bad_row: str = setting(
@@ -285,7 +288,7 @@ class ObjectiveConfig:
     )
     average: str = setting(
         "sum",
-        "A response's score: the sum of its log-probs or their mean per token.",
+        "A response's score, of a likelihood: the sum of its log-probs or their mean per token.",
         choices=("sum", "mean"),
     )
     chosen_ce: float = setting(
@@ -329,7 +332,8 @@ class TrainConfig:
     length: float = setting(100.0, "How long to train, in length_unit.")
     length_unit: str = setting(
         "steps",
-        "Unit of length; a pair that a judge sees in both orders is one.",
+        "Unit of length; a pair that a judge sees in both orders is one, and with data.weights an"
+        " epoch is as many rows as all sources have together.",
         choices=("steps", "epochs", "tokens", "pairs"),
     )
     batch_rows: int = setting(8, "Rows per optimiser step, over all devices.")
@@ -374,7 +378,12 @@ class CheckpointConfig:
     keep_every: int = setting(
         0, "Checkpoints whose step divides by this are kept for ever; 0 = none.", resume=FREE
     )
-    keep_best: bool = setting(True, "The one with the lowest validation loss is kept.", resume=FREE)
+    keep_best: bool = setting(
+        True,
+        "The one with the lowest validation loss is kept, of the steps that were both validated and"
+        " saved (train.validate_every, every).",
+        resume=FREE,
+    )
     on_error: str = setting(
         "stop",
         "Where a checkpoint or the metrics cannot be written (a full disk): stop, or continue with"

@@ -104,12 +104,15 @@ class _Stage:
             _, info, self.tokenizer = newest
             self.config, self.changes = _resumed(config, info.config)
             begun = info.data.get("train", [])
-        # Before the weights, as this may take long. What a run has begun with is never replaced.
+        # Before the weights, as this may take long. What a run has begun to train on is never
+        # replaced; what it is validated on may be. A folder that is named may be others' as well.
+        own = not config.data.prepared
         self.data = stage_data(
             self.config,
             self.tokenizer,
             data_folder(config, workdir),
-            replace=newest is None and not config.data.prepared,
+            replace=own and newest is None,
+            replace_validation=own,
             quiet=quiet,
         )
         if newest is None:

@@ -130,6 +130,34 @@ def test_validation_rows_are_spread_over_all_sources(data):
     assert every["tokens"] == sum(one.manifest.packed["tokens"] for one in rows.sets)
 
 
+def test_a_run_goes_on_with_other_validation_data(data, capfd):
+    texts = [" ".join(topic.text.split())[:200] for topic in reference_topics()[30:50]]
+    write(data / "a.jsonl", texts[:5])
+    write(data / "b.jsonl", texts[5:])
+    asked = config(data)
+    asked.data.validation = (str(data / "a.jsonl"),)
+    run_stage(asked, data / "run", quiet=True)
+    train = (data / "run" / "data" / "train" / "0" / "manifest.json").read_bytes()
+    shutil.rmtree(data / "run" / "checkpoints" / "4")
+    whole = losses(data / "run")
+    asked.data.validation = (str(data / "b.jsonl"),)
+    found = run_stage(asked, data / "run").validation
+    said = capfd.readouterr().err
+    assert "validation/0: preparing again" in said
+    assert f"changed: config.data.validation: ('{data / 'a.jsonl'}',) -> " in said
+    manifest = RowSet(data / "run" / "data" / "validation" / "0").manifest
+    assert manifest.sources[0]["spec"] == str(data / "b.jsonl")
+    assert found["tokens"] == manifest.packed["tokens"]
+    assert (data / "run" / "data" / "train" / "0" / "manifest.json").read_bytes() == train
+    assert losses(data / "run") == whole
+    # Of a folder that other runs may be using, nothing is replaced.
+    shared = config(data, prepared=str(data / "run" / "data"))
+    shared.data.validation = (str(data / "a.jsonl"),)
+    shutil.rmtree(data / "run" / "checkpoints" / "4")
+    with pytest.raises(UserError, match=r"validation/0: the prepared rows here are not those"):
+        run_stage(shared, data / "run", quiet=True)
+
+
 def test_a_damaged_row_stops_a_run_with_its_name(data):
     begin(data, data / "run")
     (shard,) = (data / "run" / "data" / "train" / "0").glob("*.array_record")

@@ -6,12 +6,12 @@
 
 CHECKPOINT is a workdir of gram_pretrain.py, or a Hugging Face folder of one of the models listed
 there (then without stage 1), or of any other supported one. The data has rows {"prompt", "chosen",
-"rejected"}, text or chat messages.
+"rejected"}, text or chat messages, or other columns of docs/data_formats.md.
 
 From the recipe: peak rate 2e-5, 2 epochs, length 2048, cosine schedule with a warm-up of 0.1,
 AdamW, clipping at 1.0, bfloat16, full fine-tuning, and label smoothing: its 0.1 is PyTorch's, which
 is e = 0.05 here. Its 65k pairs go in global batches of 128 pairs; here a step is 64 rows, and how
-many comparisons these hold depends on the data: compare `pairs` in the log. Ours, and not tuned:
+many pairs these hold depends on the data: compare `pairs` in the log. Ours, and not tuned:
 the template's words, each pair in both orders (--config.data.judge_orders=random: in one of them),
 beta2 = 0.95, decay 0. For the likelihood reading, set --config.objective.name=smoothed_pairwise
 --config.objective.average=mean --config.objective.beta=2.
@@ -39,7 +39,7 @@ def get_config(init_from: str = "Llama-3.1-8B-Instruct") -> Config:
         init_from=init_from,
         compute=ComputeConfig(remat="full"),
         mesh=MeshConfig(data=1, fsdp=-1),
-        data=DataConfig(format="preferences", row_length=2048),
+        data=DataConfig(row_length=2048),
         objective=ObjectiveConfig(name="judge", label_smoothing=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup=0.1, final=0.0, weight_decay=0.0),
         train=TrainConfig(

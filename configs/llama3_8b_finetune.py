@@ -9,7 +9,7 @@
 
 CHECKPOINT is a workdir of llama3_8b_pretrain.py or the Hugging Face folder of the model, whose
 shape is written here as well, so that it can be planned without the weights. The data has rows
-{"prompt", "chosen", "rejected"}, text or chat messages.
+{"prompt", "chosen", "rejected"}, text or chat messages, or other columns of docs/data_formats.md.
 
 The rate, 2 epochs, the schedule, clipping at 1.0 and e = 0.05 are those of the released GRAM recipe
 for stage 2. Ours: rows of 4,096 tokens, 128 of them a step, the mean log-prob and beta = 2.
@@ -57,7 +57,7 @@ def get_config(init_from: str = "Llama-3.1-8B-Instruct") -> Config:
         ),
         compute=ComputeConfig(remat="full"),
         mesh=MeshConfig(data=1, fsdp=-1),
-        data=DataConfig(format="preferences", row_length=4096),
+        data=DataConfig(row_length=4096),
         objective=ObjectiveConfig(
             name="smoothed_pairwise", label_smoothing=0.05, average="mean", beta=2.0
         ),

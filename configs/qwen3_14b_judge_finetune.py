@@ -8,7 +8,7 @@
 
 CHECKPOINT is a workdir of gram_pretrain.py or the Hugging Face folder of the model, whose shape is
 written here as well, so that it can be planned without the weights. The data has rows {"prompt",
-"chosen", "rejected"}, text or chat messages.
+"chosen", "rejected"}, text or chat messages, or other columns of docs/data_formats.md.
 
 From the released GRAM recipe: peak rate 2e-5, 2 epochs, cosine schedule with a warm-up of 0.1,
 AdamW, clipping at 1.0, bfloat16, full fine-tuning, and label smoothing: its 0.1 is PyTorch's, which
@@ -52,7 +52,7 @@ def get_config(init_from: str = "Qwen3-14B") -> Config:
         ),
         compute=ComputeConfig(remat="full"),
         mesh=MeshConfig(data=1, fsdp=-1),
-        data=DataConfig(format="preferences", row_length=4096),
+        data=DataConfig(row_length=4096),
         objective=ObjectiveConfig(name="judge", label_smoothing=0.05),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup=0.1, final=0.0, weight_decay=0.0),
         train=TrainConfig(

@@ -28,7 +28,6 @@ def get_config(data: str = "data") -> Config:
     return Config(
         init_from="runs/tiny_responses",
         data=DataConfig(
-            format="preferences",
             train=(f"{data}/preferences/train.jsonl.gz",),
             validation=(f"{data}/preferences/validation.jsonl.gz",),
             row_length=1024,

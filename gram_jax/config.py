@@ -227,7 +227,9 @@ class DataConfig:
     )
     row_pairs: int = setting(0, "P, pairs per row (preferences); 0 = row_length / 16, at least 32.")
     max_prompt: int = setting(
-        0, "Longest prompt, tokens; longer ones keep BOS and their end. 0 = half a row."
+        0,
+        "Longest prompt, tokens; longer ones keep BOS and their end. 0 = half a row. Not read for a"
+        " judge and format=pairs, where question and responses share the room (docs/judge.md).",
     )
     too_long: str = setting(
         "truncate",
@@ -244,7 +246,8 @@ class DataConfig:
     )
     judge_orders: str = setting(
         "both",
-        "In which orders a judge sees the responses of a pair in training: both, or one at random.",
+        "In which orders a judge sees the responses of a pair, in training and validation: both, or"
+        " one at random.",
         choices=("both", "random"),
     )
     on_bad_row: str = setting(
@@ -280,10 +283,12 @@ class ObjectiveConfig:
         "e: the probability that a label is wrong. PyTorch's label_smoothing=a over two classes"
         " is e = a/2.",
     )
-    beta: float = setting(1.0, "b: D = b (s_chosen - s_rejected).")
+    beta: float = setting(
+        1.0, "b: D = b (s_chosen - s_rejected); 1 for a judge, whose log-odds have their own scale."
+    )
     average: str = setting(
         "sum",
-        "A response's score: the sum of its log-probs or their mean per token.",
+        "A response's score, of a likelihood: the sum of its log-probs or their mean per token.",
         choices=("sum", "mean"),
     )
     chosen_ce: float = setting(
@@ -327,7 +332,8 @@ class TrainConfig:
     length: float = setting(100.0, "How long to train, in length_unit.")
     length_unit: str = setting(
         "steps",
-        "Unit of length; a pair that a judge sees in both orders is one.",
+        "Unit of length; a pair that a judge sees in both orders is one, and with data.weights an"
+        " epoch is as many rows as all sources have together.",
         choices=("steps", "epochs", "tokens", "pairs"),
     )
     batch_rows: int = setting(8, "Rows per optimiser step, over all devices.")
@@ -345,7 +351,9 @@ class TrainConfig:
     )
     log_every: int = setting(10, "Steps between log lines.", resume=FREE)
     validate_every: int = setting(0, "Steps between validations; 0 = only at the end.", resume=FREE)
-    validation_rows: int = setting(64, "At most so many rows are validated on.", resume=FREE)
+    validation_rows: int = setting(
+        64, "At most so many rows are validated on, spread evenly over all.", resume=FREE
+    )
     wandb_project: str = setting(
         "",
         "Project at Weights & Biases that metrics go to as well; '' = none (docs/metrics.md).",
@@ -370,7 +378,12 @@ class CheckpointConfig:
     keep_every: int = setting(
         0, "Checkpoints whose step divides by this are kept for ever; 0 = none.", resume=FREE
     )
-    keep_best: bool = setting(True, "The one with the lowest validation loss is kept.", resume=FREE)
+    keep_best: bool = setting(
+        True,
+        "The one with the lowest validation loss is kept, of the steps that were both validated and"
+        " saved (train.validate_every, every).",
+        resume=FREE,
+    )
     on_error: str = setting(
         "stop",
         "Where a checkpoint or the metrics cannot be written (a full disk): stop, or continue with"

@@ -182,6 +182,11 @@ _RULES: dict[type, tuple[tuple[Any, str], ...]] = {
         (lambda c: 0 <= c.label_smoothing < 0.5, "label_smoothing must be in [0, 0.5)"),
         (lambda c: c.beta > 0, "beta must be positive"),
         (
+            lambda c: c.beta == 1 or READINGS[c.name] != "judge",
+            "beta is the scale of a likelihood or a head; a judge's log-odds have their own, so"
+            " with a judge it must be 1",
+        ),
+        (
             lambda c: c.centring == 0 or (c.centring > 0 and c.name == "bradley_terry"),
             "centring is a positive number, for bradley_terry only",
         ),

@@ -104,12 +104,15 @@ class _Stage:
             _, info, self.tokenizer = newest
             self.config, self.changes = _resumed(config, info.config)
             begun = info.data.get("train", [])
-        # Before the weights, as this may take long. What a run has begun with is never replaced.
+        # Before the weights, as this may take long. What a run has begun to train on is never
+        # replaced; what it is validated on may be. A folder that is named may be others' as well.
+        own = not config.data.prepared
         self.data = stage_data(
             self.config,
             self.tokenizer,
             data_folder(config, workdir),
-            replace=newest is None and not config.data.prepared,
+            replace=own and newest is None,
+            replace_validation=own,
             quiet=quiet,
         )
         if newest is None:
@@ -237,7 +240,7 @@ class _Stage:
         Raises:
           NotFinite: names the step and the rows.
         """
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = self._numbers(metrics)
         watchdog.progress()
         now = time.perf_counter()
         seconds, self.clock = max(now - self.clock, 1e-9), now
@@ -266,27 +269,41 @@ class _Stage:
         self.progress.update(step, shown)
 
     def _validate(self, step: int) -> bool:
-        """Mean metrics over the first validation rows; False where there are none."""
+        """Mean metrics over validation rows; False where there are none, or the loss is no number.
+
+        The rows are spread over all of them: packing puts long examples first, and sources lie end
+        to end, so the first rows would be the longest examples of the first source.
+        """
         if self.data.validation is None:
             return False
         c, rows = self.config, self.data.validation
         count = min(len(rows), c.train.validation_rows)
+        spread = np.arange(count) * len(rows) // max(count, 1)
         sums: Any = None
         for begin in range(0, count, c.train.batch_rows):
-            numbers = np.arange(begin, begin + c.train.batch_rows)
-            numbers = np.where(numbers < count, numbers, rows.padding)
+            numbers = np.full(c.train.batch_rows, rows.padding)
+            part = spread[begin : begin + c.train.batch_rows]
+            numbers[: len(part)] = part
             found = self.eval_step(
                 self.state, device_batch(rows, numbers, c.train.accumulate, self.mesh)
             )
             sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
             watchdog.progress()
         denominator, metrics = jax.device_get(sums)
-        self.last_validation = {k: float(v) for k, v in divide(metrics, denominator).items()}
+        self.last_validation = self._numbers(divide(metrics, denominator))
         self.log.write(step, self.last_validation, split="validation")
         shown = {k: v for k, v in self.last_validation.items() if k not in COUNTS}
         text = "  ".join(f"{k} {v:.4f}" for k, v in shown.items())
         self.progress.write(f"validation at step {step}, {count} rows: {text}")
         return math.isfinite(self.last_validation["loss"])
+
+    def _numbers(self, metrics: Metrics) -> dict[str, float]:
+        """Metrics as plain numbers; a pair that a judge sees in both orders counts once."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if "pairs" in values:
+            # The step counts comparisons: each order of a pair, and they may lie in two steps.
+            values["pairs"] /= self.data.layout.comparisons
+        return values
 
     def _save(self, step: int, validated: bool) -> None:
         metrics = self.last_validation if validated else self.last

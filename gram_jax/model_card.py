@@ -7,7 +7,7 @@ from typing import Any
 
 from gram_jax import __version__, hf, hf_export
 from gram_jax.checkpoints import LoadedModel, load_model
-from gram_jax.config import ComputeConfig, MeshConfig
+from gram_jax.config import READINGS, ComputeConfig, MeshConfig
 from gram_jax.config_rules import to_dict
 from gram_jax.data.judge import JudgeTemplate, label_ids
 from gram_jax.distributed import process_count
@@ -69,7 +69,8 @@ def gram_config(loaded: LoadedModel, settings: RewardSettings) -> dict[str, Any]
         "gram_jax": __version__,
         "reward": settings.reading,
         "average": settings.average,
-        "beta": settings.beta,
+        # As scores are read: a judge's log-odds have their own scale, whatever it was trained with.
+        "beta": 1.0 if settings.reading == "judge" else settings.beta,
         "add_eos": settings.add_eos,
         "max_length": loaded.model.config.max_position,
         "label_smoothing_convention": "probability that a label is wrong",
@@ -88,7 +89,7 @@ def gram_config(loaded: LoadedModel, settings: RewardSettings) -> dict[str, Any]
 
 _WHAT_IT_IS = {
     "likelihood": """Its reward for a response is
-the log-prob of the response's tokens given the prompt, end-of-sequence token included
+the {average} of the response's tokens given the prompt, {end}
 (`gram_config.json` has the details). Higher is better; compare responses to the same prompt.""",
     "judge": """It is a judge: it
 reads a question and two responses, and the next token, one of the two labels in `gram_config.json`,
@@ -100,7 +101,7 @@ prompt.""",
 }
 _IN_TRANSFORMERS = {
     "likelihood": """`AutoModelForCausalLM` and `AutoTokenizer` of transformers load this folder
-too: tokenise the prompt and the response apart, append the end-of-sequence token, and add up the
+too: tokenise the prompt and the response apart, {append}and {sum} the
 response's log-probs.""",
     "judge": """`AutoModelForCausalLM` of transformers loads this folder too: fill `judge.template`
 of `gram_config.json`, render it with the chat template (if there is one), and compare the logits of
@@ -114,11 +115,24 @@ prompts*: fill `judge.template` of `gram_config.json`, and render it with the ch
 there is one)."""
 
 
+def _of_likelihood(text: str, settings: RewardSettings) -> str:
+    """A text on the likelihood, filled in as it is read."""
+    mean, eos = settings.average == "mean", settings.add_eos
+    return text.format(
+        average="mean log-prob" if mean else "log-prob",
+        end="end-of-sequence token included" if eos else "without an end-of-sequence token",
+        append="append the end-of-sequence token, " if eos else "",
+        sum="take the mean of" if mean else "add up",
+    )
+
+
 def model_card(loaded: LoadedModel, settings: RewardSettings) -> str:
     """The text of README.md: what the model is, how it was made, how to use it."""
     run, config, reading = loaded.config, loaded.model.config, settings.reading
     is_classifier = hasattr(loaded.model, "head")
-    use = _IN_TRANSFORMERS[reading]
+    what, use = _WHAT_IT_IS[reading], _IN_TRANSFORMERS[reading]
+    if reading == "likelihood":
+        what, use = _of_likelihood(what, settings), _of_likelihood(use, settings)
     if reading == "judge" and is_classifier:
         use = _JUDGE_AS_CLASSIFIER
     card = f"""---
@@ -129,7 +143,7 @@ tags: [reward-model, gram_jax]
 
 # A {"discriminative" if reading == "head" else "generative"} reward model
 
-A {config.family} decoder of {config.num_parameters():,} parameters. {_WHAT_IT_IS[reading]}
+A {config.family} decoder of {config.num_parameters():,} parameters. {what}
 
 ## Use
 
@@ -139,11 +153,12 @@ A {config.family} decoder of {config.num_parameters():,} parameters. {_WHAT_IT_I
 """
     if run is not None:
         o = run.objective
+        scale = f"beta {o.beta:g}, " if READINGS[o.name] in ("likelihood", "head") else ""
         card += f"""
 ## Training
 
 Made with gram_jax {__version__}. Objective `{o.name}`, label smoothing {o.label_smoothing} (the
-probability that a label is wrong), beta {o.beta}, {run.train.length:g} {run.train.length_unit},
+probability that a label is wrong), {scale}{run.train.length:g} {run.train.length_unit},
 {run.train.batch_rows} rows of {run.data.row_length} tokens a step, learning rate
 {run.optimizer.learning_rate:g}, seed {run.seed}.
 """

@@ -73,11 +73,13 @@ def preference_loss(
 
     ``smoothed_ce`` is (1 - e) CE(y_w) + e CE(y_l), the next-token loss with weights 1 - e and e on
     the two responses' tokens; it raises both likelihoods and is not a ranking loss by itself.
-    The others are `pairwise_loss` on D = b (s_a - s_b) - margin. For ``smoothed_pairwise``, s
-    is the response's log-prob (less the reference model's, where there is one), summed or per
-    token; for ``bradley_terry`` the head's number. For ``judge``, s_a is z_A - z_B of a judge
-    prompt and s_b is 0, so the loss is the cross-entropy of the label over {A, B};
-    ``judge_full_vocab`` adds -log(p_A + p_B), which makes it that over the whole vocabulary.
+    The others are `pairwise_loss` on D = b (s_a - s_b) - m, m being the row's margin, in log-odds;
+    ``smoothed_ce`` has none. The metrics ``accuracy`` and ``margin`` are of b (s_a - s_b): a pair
+    is told right where the better response is ahead, by however little.
+    For ``smoothed_pairwise``, s is the response's log-prob (less the reference model's, where there
+    is one), summed or per token; for ``bradley_terry`` the head's number. For ``judge``, s_a is
+    z_A - z_B of a judge prompt and s_b is 0, so the loss is the cross-entropy of the label over
+    {A, B}; ``judge_full_vocab`` adds -log(p_A + p_B), so it is that over the whole vocabulary.
     ``centring`` = c adds c (s_a + s_b)^2. ``chosen_ce`` = g adds g times the mean cross-entropy of
     the response labelled better (for ``bradley_terry``, the text-generation regulariser).
     """
@@ -98,9 +100,9 @@ def preference_loss(
         picked = jnp.take_along_axis(values_bs, jnp.maximum(numbers_bp - 1, 0), axis=1)
         return jnp.where(numbers_bp > 0, picked, 0.0)
 
-    difference = config.beta * (side(relative, batch.pair_a) - side(relative, batch.pair_b))
-    difference = jnp.where(used, difference - batch.pair_margin, 0.0)
-    ranking = pairwise_loss(difference, target)
+    ahead = config.beta * (side(relative, batch.pair_a) - side(relative, batch.pair_b))
+    ahead = jnp.where(used, ahead, 0.0)
+    ranking = pairwise_loss(ahead - jnp.where(used, batch.pair_margin, 0.0), target)
     per_pair = ranking
     if config.name == "smoothed_ce":
         per_pair = -target * side(own, batch.pair_a) - (1 - target) * side(own, batch.pair_b)
@@ -120,7 +122,7 @@ def preference_loss(
         per_pair = per_pair - config.chosen_ce * better
     # +1 where a is labelled better, -1 where b is, 0 for a tie: ties have no right answer.
     sign = jnp.sign(batch.pair_target - 0.5)
-    right = jnp.where(difference == 0, 0.5, (sign * difference > 0).astype(jnp.float32))
+    right = jnp.where(ahead == 0, 0.5, (sign * ahead > 0).astype(jnp.float32))
     right = jnp.where(sign == 0, 0.5, right)
 
     def total(values: jax.Array) -> jax.Array:
@@ -130,7 +132,7 @@ def preference_loss(
         "loss": total(per_pair),
         "ranking_loss": total(ranking),
         "accuracy": total(right),
-        "margin": total(sign * difference),
+        "margin": total(sign * ahead),
         "pairs": jnp.sum(used.astype(jnp.float32)),
     }
     return metrics["loss"], jnp.sum(weight), metrics

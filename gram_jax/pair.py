@@ -9,9 +9,9 @@ import dataclasses
 class Pair:
     """A comparison of responses ``a`` and ``b`` (their places in an example's ``responses``).
 
-    ``target`` is the probability that a is better, ``weight`` scales its loss, ``margin`` is
-    subtracted from the difference of the scores. Without ``b``, a's score is compared with 0: the
-    score of a judge prompt is itself a difference.
+    ``target`` is the probability that a is better, ``weight`` scales its loss, ``margin``, in
+    log-odds, is subtracted from beta times the difference of the scores. Without ``b``, a's score
+    is compared with 0: the score of a judge prompt is itself a difference.
     """
 
     a: int

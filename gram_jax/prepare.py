@@ -33,7 +33,7 @@ from gram_jax import entry
 from gram_jax.config import Config
 from gram_jax.config_rules import validate
 from gram_jax.data.prepare import Beam
-from gram_jax.data.stage import prepare_stage, rows_text
+from gram_jax.data.stage import prepare_stage, rows_text, stage_layout
 from gram_jax.errors import UserError
 from gram_jax.loop import stage_tokenizer
 from gram_jax.reporting import duration
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     beam = Beam(_RUNNER.value, tuple(shlex.split(_BEAM_OPTIONS.value))) if _RUNNER.value else None
     made = prepare_stage(config, stage_tokenizer(config), located(_OUTPUT.value), beam)
     for name, manifest in made.items():
-        print(rows_text(name.partition("/")[0], manifest))
+        print(rows_text(name.partition("/")[0], manifest, stage_layout(config)))
     train = [manifest for name, manifest in made.items() if name.startswith("train/")]
     rows, seconds = sum(m.rows for m in train), sum(m.seconds for m in train)
     print(f"{rows:,} rows to train on, made in {duration(seconds)}: {_OUTPUT.value}")

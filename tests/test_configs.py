@@ -46,6 +46,8 @@ def test_a_config_is_valid_with_and_without_an_argument(path):
         assert isinstance(config, Config)
         validate(config)
         assert (config.objective.name == "next_token") == (not path.stem.endswith("finetune"))
+        # Labelled data has many columns, which are recognised unless a format is named.
+        assert config.data.format == "auto" or config.objective.name == "next_token"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

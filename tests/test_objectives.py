@@ -208,10 +208,20 @@ def test_smoothed_ce_pushes_both_responses_whatever_their_difference(batch, logp
 
 def test_a_margin_is_subtracted_from_the_difference(batch, logprob):
     margin = np.where(batch.pair_weight != 0, 1.5, 0).astype(np.float32)
-    differences = [a - b - 1.5 for a, b in by_hand(logprob, batch).values()]
-    found = loss(logprob, changed(batch, pair_margin=margin), label_smoothing=0.0)
-    assert found["loss"] == pytest.approx(sum(-log_sigmoid(d) for d in differences), rel=1e-5)
-    assert found["margin"] == pytest.approx(sum(differences), rel=1e-5)
+    ahead = np.array([2.0 * (a - b) for a, b in by_hand(logprob, batch).values()])
+    found = loss(logprob, changed(batch, pair_margin=margin), label_smoothing=0.0, beta=2.0)
+    # In log-odds: beta does not scale it.
+    assert found["loss"] == pytest.approx(-log_sigmoid(ahead - 1.5).sum(), rel=1e-5)
+    # What is told right does not depend on by how much it should be.
+    assert ((ahead > 0) & (ahead < 1.5)).any()
+    assert found["accuracy"] == (ahead > 0).sum()
+    assert found["margin"] == pytest.approx(ahead.sum(), rel=1e-5)
+    plain = loss(logprob, batch, name="smoothed_ce")
+    assert loss(logprob, changed(batch, pair_margin=margin), name="smoothed_ce") == plain | {
+        "ranking_loss": pytest.approx(
+            (-log_sigmoid(ahead / 2 - 1.5) + 0.05 * (ahead / 2 - 1.5)).sum(), rel=1e-5
+        )
+    }
 
 
 @pytest.mark.parametrize("average", ["sum", "mean"])

@@ -23,6 +23,8 @@ from gram_jax.config import (
     TrainConfig,
 )
 from gram_jax.data.judge import JudgeTemplate
+from gram_jax.data.loader import RowOrder
+from gram_jax.data.rowset import RowSet
 from gram_jax.data.stage import stage_data
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
@@ -151,6 +153,18 @@ def test_both_orders_are_trained_on_or_one_at_random(data, tmp_path, orders, cou
     assert used.sum() == count and set(batch.pair_weight[used]) == {weight}
     first_is_better = (batch.pair_target[used] == 1).sum()
     assert first_is_better == 40 if orders == "both" else 8 < first_is_better < 32
+
+
+def test_the_log_counts_a_pair_once(data, pretrained, tmp_path):
+    """A judge sees it in both orders, each with half its weight: their sum is the number."""
+    asked = config(data, "train", "judge", "preferences", pretrained, steps=1)
+    asked.data.validation = (str(data / "held_out.jsonl"),)
+    result = run_stage(asked, tmp_path, quiet=True)
+    assert result.validation["pairs"] == 20
+    rows = RowSet(tmp_path / "data" / "train" / "0")
+    first = rows.read(RowOrder([len(rows)], asked.seed).numbers(0, 8))
+    assert result.metrics["pairs"] == first["pair_weight"].sum() > 1
+    assert [row["pairs"] for row in read_metrics(tmp_path)] == [result.metrics["pairs"], 20]
 
 
 def test_a_head_learns_and_its_checkpoint_says_so(data, head, tmp_path):

@@ -21,9 +21,11 @@ from gram_jax.config import (
     TrainConfig,
 )
 from gram_jax.data.builtin import reference_topics
+from gram_jax.data.rowset import Rows, RowSet
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import DataError, UserError
 from gram_jax.loop import run_stage
+from gram_jax.objectives import objective
 from gram_jax.reporting import read_metrics
 
 V = 300
@@ -103,6 +105,57 @@ def test_before_the_first_checkpoint_other_settings_make_other_rows(data, capfd)
     shorter.data.row_length = 32
     run_stage(shorter, data / "run")
     assert "preparing again: config.data.row_length was 64 and is 32" in capfd.readouterr().err
+
+
+def test_validation_rows_are_spread_over_all_sources(data):
+    """Packing puts long examples first: the first rows are those of one kind, of one source."""
+    texts = [" ".join(topic.text.split()) for topic in reference_topics()[30:50]]
+    write(data / "long.jsonl", [text[:600] for text in texts[:10]])
+    write(data / "short.jsonl", [text[:90] for text in texts])
+    asked = config(data, length=1.0)
+    asked.data.validation = (str(data / "long.jsonl"), str(data / "short.jsonl"))
+    asked.train.validation_rows = 5
+    found = run_stage(asked, data / "run", quiet=True).validation
+    rows = Rows([RowSet(data / "run" / "data" / "validation" / name) for name in "01"])
+    numbers = [place * len(rows) // 5 for place in range(5)]
+    assert numbers[0] == 0 and numbers[1] < rows.sizes[0] <= numbers[-1] < len(rows)
+    batch = rows.read(np.array(numbers))
+    model = load_model(data / "run", tiny.COMPUTE).model
+    total, (denominator, sums) = objective(model, batch, asked.objective, None)
+    assert found["tokens"] == sums["tokens"]
+    assert found["loss"] == pytest.approx(float(total / denominator), rel=1e-5)
+    # As many as there are, or more: all of them, in order.
+    asked.train.validation_rows = len(rows)
+    every = run_stage(asked, data / "all", quiet=True).validation
+    assert every["tokens"] == sum(one.manifest.packed["tokens"] for one in rows.sets)
+
+
+def test_a_run_goes_on_with_other_validation_data(data, capfd):
+    texts = [" ".join(topic.text.split())[:200] for topic in reference_topics()[30:50]]
+    write(data / "a.jsonl", texts[:5])
+    write(data / "b.jsonl", texts[5:])
+    asked = config(data)
+    asked.data.validation = (str(data / "a.jsonl"),)
+    run_stage(asked, data / "run", quiet=True)
+    train = (data / "run" / "data" / "train" / "0" / "manifest.json").read_bytes()
+    shutil.rmtree(data / "run" / "checkpoints" / "4")
+    whole = losses(data / "run")
+    asked.data.validation = (str(data / "b.jsonl"),)
+    found = run_stage(asked, data / "run").validation
+    said = capfd.readouterr().err
+    assert "validation/0: preparing again" in said
+    assert f"changed: config.data.validation: ('{data / 'a.jsonl'}',) -> " in said
+    manifest = RowSet(data / "run" / "data" / "validation" / "0").manifest
+    assert manifest.sources[0]["spec"] == str(data / "b.jsonl")
+    assert found["tokens"] == manifest.packed["tokens"]
+    assert (data / "run" / "data" / "train" / "0" / "manifest.json").read_bytes() == train
+    assert losses(data / "run") == whole
+    # Of a folder that other runs may be using, nothing is replaced.
+    shared = config(data, prepared=str(data / "run" / "data"))
+    shared.data.validation = (str(data / "a.jsonl"),)
+    shutil.rmtree(data / "run" / "checkpoints" / "4")
+    with pytest.raises(UserError, match=r"validation/0: the prepared rows here are not those"):
+        run_stage(shared, data / "run", quiet=True)
 
 
 def test_a_damaged_row_stops_a_run_with_its_name(data):

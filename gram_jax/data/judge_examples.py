@@ -93,7 +93,7 @@ def encode_response_pairs(
     for a, b in zip(row.responses, row.responses[1:], strict=False):
         found = encode_pretrain(
             template, row.prompt, a, b, tokenizer,
-            max_length=config.row_length, too_long="truncate",
+            max_length=config.row_length, too_long="truncate", add_eos=config.add_eos,
         )  # fmt: skip
         counts.tokens += len(found.prompt) + len(found.response)
         if _count_lost(found.lost, config, counts):

@@ -170,11 +170,12 @@ def encode_pretrain(
     *,
     max_length: int,
     too_long: str = "error",
+    add_eos: bool = True,
 ) -> PretrainExample:
     """Token ids of stage 1 on a response pair: the question, and both responses as one answer.
 
-    Prompt and response are tokenised apart, and the response ends with an end token, as in
-    `encode_candidates`.
+    Prompt and response are tokenised apart, and with `add_eos` the response ends with an end token,
+    as in `encode_candidates`.
 
     Args:
       max_length: most tokens of prompt and response together.
@@ -194,7 +195,7 @@ def encode_pretrain(
     given = Texts(question_text(question), response_text(response_a), response_text(response_b))
 
     def encode(batch: Sequence[Texts]) -> list[tuple[list[int], list[int]]]:
-        return [_pretrain_ids(template, texts, tokenizer) for texts in batch]
+        return [_pretrain_ids(template, texts, tokenizer, add_eos) for texts in batch]
 
     (ids,) = encode([given])
     length = sum(map(len, ids))
@@ -311,7 +312,7 @@ def _split(fitted: _Fitted, shared: int) -> JudgePrompts:
 
 
 def _pretrain_ids(
-    template: JudgeTemplate, texts: Texts, tokenizer: Tokenizer
+    template: JudgeTemplate, texts: Texts, tokenizer: Tokenizer, add_eos: bool
 ) -> tuple[list[int], list[int]]:
     text, answer = fill(template.pretrain_prompt, texts), fill(template.pretrain_response, texts)
     is_chat = tokenizer.chat_template is not None
@@ -322,7 +323,9 @@ def _pretrain_ids(
         # Qwen3's template takes all before a </think> for reasoning.
         reason = "the chat template does not write the two responses as they are; leave the row out"
         raise ExampleError(reason, field="response")
-    ids, (response,) = encode_candidates(prompt, [answer], tokenizer, chat_template_kwargs=kwargs)
+    ids, (response,) = encode_candidates(
+        prompt, [answer], tokenizer, add_eos=add_eos, chat_template_kwargs=kwargs
+    )
     return ids.tolist(), response.tolist()
 
 

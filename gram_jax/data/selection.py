@@ -124,12 +124,14 @@ class Selection:
         """Gives the comparisons of a row their numbers in the draw; ``place`` names the row."""
         if not self.max_pairs:
             return
-        for number, record in enumerate(records):
-            # A judge's record is one comparison, in one or in both orders.
-            names = (0 if pair.b is None else i for i, pair in enumerate(record.pairs))
+        first = 0  # pairs are numbered through a row, so that each reading draws the same ones
+        for record in records:
+            # A judge's record is one comparison, in one or in both orders; others hold all pairs.
+            names = [0 if pair.b is None else i for i, pair in enumerate(record.pairs)]
             record.draws = tuple(
-                record_key(f"{self.draw_seed}:{place}:{number}:{name}".encode()) for name in names
+                record_key(f"{self.draw_seed}:{place}:0:{first + name}".encode()) for name in names
             )
+            first += max(names, default=-1) + 1
 
     def last_drawn(self, draws: npt.NDArray[np.uint64], file: str) -> int:
         """The highest number in the draw that is still drawn; of n pairs, those with the lowest.

@@ -62,24 +62,34 @@ class StageData:
     def text(self) -> list[str]:
         """Lines for a log: a line for each source."""
         return [
-            rows_text(name, one.manifest)
+            rows_text(name, one.manifest, self.layout)
             for name, rows in (("train", self.train), ("validation", self.validation))
             for one in (rows.sets if rows else ())
         ]
 
 
-def rows_text(name: str, m: Manifest) -> str:
-    """A line for a log: what was read and packed for the folder of rows ``name``."""
+def rows_text(name: str, m: Manifest, layout: Layout) -> str:
+    """A line for a log: what was read and packed for the folder of rows ``name``.
+
+    A pair that a judge sees in both orders is one, as in `StageData.per_row`.
+    """
+    pairs = m.packed["pairs"] // layout.comparisons
     what = ", ".join(source["spec"] for source in m.sources)
     return (
         f"{name} {what}: {ExampleCounts(**m.read).text()}; packed into {m.rows:,} rows of"
-        f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs {m.packed['pairs']:,},"
+        f" {m.shape['tokens']:,} tokens, padding {m.padding:.2%}, pairs {pairs:,},"
         f" spilled {m.packed['spilled']:,}, repeated tokens {m.packed['repeated_tokens']:,}"
     )
 
 
 def stage_data(
-    config: Config, tokenizer: Tokenizer, folder: Path, *, replace: bool, quiet: bool = False
+    config: Config,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    replace: bool,
+    replace_validation: bool = False,
+    quiet: bool = False,
 ) -> StageData:
     """Opens the rows of a stage, prepared in ``folder`` first where they are not there.
 
@@ -87,14 +97,17 @@ def stage_data(
 
     Args:
       replace: rows of other sources or settings, left there by an earlier run, give way.
+      replace_validation: those to validate on do, in any case.
+      quiet: no progress is shown.
 
     Raises:
       UserError: a source cannot be used, or ``folder`` holds other rows.
     """
     names = list(_sources(config))
+    replaced = {"train": replace, "validation": replace or replace_validation}
 
     def prepare() -> None:
-        _prepare(config, tokenizer, folder, None, replace=replace, quiet=quiet)
+        _prepare(config, tokenizer, folder, None, replace=replaced, quiet=quiet)
 
     main_first(prepare)
     opened = {name: RowSet(folder / name) for name in names}
@@ -115,7 +128,8 @@ def prepare_stage(
     Raises:
       UserError: a source cannot be used, or ``folder`` holds other rows.
     """
-    return _prepare(config, tokenizer, folder, beam, replace=False, quiet=False)
+    kept = {"train": False, "validation": False}
+    return _prepare(config, tokenizer, folder, beam, replace=kept, quiet=False)
 
 
 def _prepare(
@@ -124,7 +138,7 @@ def _prepare(
     folder: Place,
     beam: Beam | None,
     *,
-    replace: bool,
+    replace: Mapping[str, bool],
     quiet: bool,
 ) -> dict[str, Manifest]:
     meter = Meter(quiet=quiet or not is_main())
@@ -132,7 +146,7 @@ def _prepare(
     return {
         name: prepare_rows(
             spec, config.data, tokenizer, folder / name,
-            layout=layout, replace=replace, meter=meter, use=use, beam=beam,
+            layout=layout, replace=replace[name.partition("/")[0]], meter=meter, use=use, beam=beam,
         )
         for name, (spec, use) in _sources(config).items()
     }  # fmt: skip

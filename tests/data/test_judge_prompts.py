@@ -8,7 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gram_jax.config import DataConfig
 from gram_jax.data.judge import JudgeTemplate, Texts, fill, render_comparison
+from gram_jax.data.judge_examples import encode_response_pairs
 from gram_jax.data.judge_prompts import (
     SMALLEST_ROOM,
     Lost,
@@ -17,6 +19,8 @@ from gram_jax.data.judge_prompts import (
     encode_pretrain,
 )
 from gram_jax.data.prompts import ExampleError
+from gram_jax.data.sources import ResponsesRow
+from gram_jax.data.token_records import ExampleCounts
 from gram_jax.data.tokenizer import Tokenizer
 from gram_jax.errors import UserError
 
@@ -327,6 +331,17 @@ def test_stage_1_learns_both_answers_and_the_end_token(load, peer, name):
         whole = theirs.apply_chat_template(messages, return_dict=False)
         joined = [*encoded.prompt, *encoded.response]
         assert joined == whole[: len(joined)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_1_goes_without_an_end_token_if_asked(load, name):
+    tokenizer, row = load(name), ResponsesRow("What?", ("This.", "That."), 1)
+    (whole,), (open_ended,) = (
+        encode_response_pairs(row, DataConfig(add_eos=eos), TEMPLATE, tokenizer, ExampleCounts())
+        for eos in (True, False)
+    )
+    assert open_ended.prompt.tolist() == whole.prompt.tolist()
+    assert open_ended.responses[0].tolist() == whole.responses[0][:-1].tolist()
 
 
 @bounded

@@ -396,6 +396,7 @@ def test_a_pair_that_a_judge_sees_in_both_orders_counts_once(tmp_path, orders):
     data = stage_data(config, TOKENIZER, tmp_path / "data", replace=False, quiet=True)
     per_row = data.per_row(())
     assert per_row["pairs"] * len(data.train) == pytest.approx(60)
+    assert ", pairs 60," in data.text()[0]
     length = TrainConfig(length=60, length_unit="pairs", batch_rows=1)
     assert num_steps(length, per_row) == len(data.train)
 

@@ -252,6 +252,26 @@ def test_a_judges_draw_counts_comparisons_not_orders(tmp_path, small_chunks, ord
     assert float(weights.sum()) == 7
 
 
+def test_a_judge_draws_the_labels_that_other_readings_draw(tmp_path, small_chunks):
+    """Of rows with several pairs too, which are one record for them and several for a judge."""
+    rows = [
+        {"prompt": f"w{50 + i}", "responses": [f"w{10 + i} w{40 + j}" for j in range(3)],
+         "scores": [1, 2, 3]}
+        for i in range(30)
+    ]  # fmt: skip
+    path = write(tmp_path / "a.jsonl", rows)
+    (known,) = TOKENIZER.encode_responses([" ".join(f"w{n}" for n in range(10, 43))], add_eos=False)
+    plain, expected = prepared(path, tmp_path / "plain", max_pairs=20), set()
+    for row in plain.read(range(len(plain))):
+        for slot in np.flatnonzero(row["pair_weight"]):
+            sides = np.isin(row["sequence_ids"], [row["pair_a"][slot], row["pair_b"][slot]])
+            expected.add(frozenset(known).intersection(row["targets"][sides].tolist()))
+    layout = Layout("judge", False, TEMPLATE)
+    judged = prepared(path, tmp_path / "judged", layout=layout, max_pairs=20)
+    assert {frozenset(known).intersection(branch) for _, branch in branches(judged)} == expected
+    assert len(expected) == 20
+
+
 def test_selected_rows_do_not_depend_on_the_number_of_processes(
     tmp_path, monkeypatch, small_chunks
 ):

@@ -103,7 +103,8 @@ def test_every_setting_of_every_factor_is_a_config_that_can_be_run(work, tmp_pat
         for setting in factor.levels.values():
             configs = [config for _, config in stage_1(task, setting, 0, tmp_path)]
             if setting.pairs:
-                configs.append(stage_2(task, setting, 0, tmp_path, "runs/x", 0.1))
+                beta = 1.0 if setting.objective == "judge" else 0.1
+                configs.append(stage_2(task, setting, 0, tmp_path, "runs/x", beta))
             for config in configs:
                 validate(config)
             tokens = sum(config.train.length for config in configs[: len(configs) - 1])

@@ -199,7 +199,7 @@ def test_the_figure_has_a_panel_per_set_and_a_row_per_level(kept):
 def test_a_page_is_filled_between_its_marks_and_nowhere_else(kept):
     found = tables(kept)
     assert set(found) == {
-        "task/overview", "task/pairs", "task/pairs/subsets", "task/training",
+        "task/overview", "task/pairs", "task/pairs/known", "task/pairs/subsets", "task/training",
     }  # fmt: skip
     assert (
         "| base | 9, 9 | 0.500, 1.500 | 0.750, 0.750 | 0.250, 0.250 |" in found["task/training"]()
